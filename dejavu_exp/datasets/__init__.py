@@ -1,0 +1,1 @@
+"""Readers that turn a data set, as published, into one manifest."""

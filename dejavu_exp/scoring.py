@@ -1,0 +1,319 @@
+"""Scoring variants: which rows count, which decision, which memorization score; and the figures with their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from dejavu_exp import metrics, provenance, statistics, tables
+from dejavu_exp.errors import ConfigError
+from dejavu_exp.evidence import Evidence
+from dejavu_exp.statistics import Draws
+from dejavu_exp.tables import BoolArray, Estimate, FloatArray, Role, Status
+
+CURVE_PERCENT = (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90, 100)
+TOPS = {"top1": "", "top5": "_top5"}
+
+
+@dataclass(frozen=True)
+class LabelInference:
+    """Is the true label the predictor's first (or among its first five), and how sure is the predictor of it?
+
+    Attributes:
+        fractions: most confident fractions to report, each in (0, 1].
+        memorization_score: per row, "probability": the target's probability of the true label less the reference's,
+            in [-1, 1], defined on every row; "entropy": entropy of the reference less entropy of the target, nats, on
+            memorized rows only, as the authors' sample-level test has it.
+        ties: rows tied at a confidence cut share the free places ("shared", independent of row order), or earlier rows
+            come first ("first", the authors' rule with a stable sort).
+        level: of the intervals.
+        resamples: of the bootstrap.
+    """
+
+    fractions: tuple[float, ...] = (1.0, 0.2, 0.05)
+    memorization_score: Literal["probability", "entropy"] = "probability"
+    ties: Literal["shared", "first"] = "shared"
+    level: float = 0.95
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fractions", tuple(self.fractions))
+        if not self.fractions or not all(0 < fraction <= 1 for fraction in self.fractions):
+            raise ConfigError(f"scoring.fractions={list(self.fractions)}: each must lie in (0, 1].")
+        if self.memorization_score not in ("probability", "entropy"):
+            raise ConfigError(f"scoring.memorization_score={self.memorization_score}: must be probability or entropy.")
+        if self.ties not in ("shared", "first"):
+            raise ConfigError(f"scoring.ties={self.ties}: must be shared or first.")
+        if not 0 < self.level < 1:
+            raise ConfigError(f"scoring.level={self.level}: must lie between 0 and 1, e.g. 0.95.")
+        if self.resamples < 100:
+            raise ConfigError(f"scoring.resamples={self.resamples}: must be at least 100 for an interval to mean anything.")
+
+    def score(self, rows: pl.DataFrame, target: Evidence, reference: Evidence, name: str) -> pl.DataFrame:
+        """Score every row; a row that cannot be measured keeps its status and has no figures.
+
+        Args:
+            rows: columns id, role, label, status: all rows of the roles measured.
+            target: evidence of the encoder under test, for rows of status ok.
+            reference: evidence of the reference, for the same rows; a row where it has none becomes "no_evidence".
+            name: of the reference.
+
+        Returns:
+            Columns of `tables.SCORES`, one row for each of `rows`.
+        """
+        ok = rows.filter(pl.col("status") == Status.OK)
+        has_evidence = np.isfinite(reference.take(ok["id"].to_list()).probabilities).all(axis=1)
+        used = ok.filter(has_evidence)
+        lost = pl.col("id").is_in(ok.filter(~has_evidence)["id"].implode())
+        rows = rows.with_columns(
+            status=pl.when(lost).then(pl.lit(str(Status.NO_EVIDENCE))).otherwise("status"), reference=pl.lit(name)
+        )
+        columns = self._columns(used, target.take(used["id"].to_list()), reference.take(used["id"].to_list()))
+        joined = rows.join(used.select("id").hstack(columns), on="id", how="left", validate="1:1", maintain_order="left")
+        return joined.select(pl.col(column).cast(dtype) for column, dtype in tables.SCORES.items())
+
+    def _columns(self, used: pl.DataFrame, target: Evidence, reference: Evidence) -> pl.DataFrame:
+        columns: dict[str, Any] = {}
+        for role, evidence in (("target", target), ("reference", reference)):
+            code = {label: column for column, label in enumerate(evidence.labels)}
+            truth = np.array([code[label] for label in used["label"]], dtype=np.int64)
+            columns |= {
+                f"{role}_label": [evidence.labels[column] for column in evidence.ranking[:, 0]],
+                f"{role}_probability": evidence.probability_of(truth),
+                f"{role}_confidence": evidence.confidence,
+                f"{role}_correct": evidence.correct(truth),
+                f"{role}_correct_top5": evidence.correct(truth, top=5),
+                f"{role}_tied": evidence.tied,
+            }
+        quadrant = metrics.quadrant(columns["target_correct"], columns["reference_correct"])
+        gained = metrics.entropy(reference.probabilities) - metrics.entropy(target.probabilities)
+        confidence = np.where(quadrant == 0, gained, np.nan)
+        by_name = {
+            "probability": columns["target_probability"] - columns["reference_probability"],
+            "entropy": confidence,
+        }
+        return pl.DataFrame(
+            {
+                **columns,
+                "quadrant": [metrics.QUADRANTS[place] for place in quadrant],
+                "memorization_score": pl.Series(by_name[self.memorization_score], nan_to_null=True),
+                "memorization_confidence": pl.Series(confidence, nan_to_null=True),
+            }
+        )
+
+    def figures(self, scores: pl.DataFrame, seed: int) -> dict[str, Any]:
+        """All figures of one reference.
+
+        Args:
+            scores: columns of `tables.SCORES`, one reference; further columns `background` and `planted_repeats` where
+                the data set has planted truth.
+            seed: of the bootstrap.
+
+        Returns:
+            JSON-ready: per role accuracies and gaps, quadrants, curve; the corrected gap; per class; planted truth.
+        """
+        draws = {
+            role: self._draws(scores.filter(pl.col("role") == role), seed, role)
+            for role in (Role.TARGET, Role.UNSEEN)
+            if len(scores.filter(pl.col("role") == role))
+        }
+        result: dict[str, Any] = {"roles": {str(role): self._role_figures(d) for role, d in draws.items()}}
+        if Role.UNSEEN in draws and draws[Role.UNSEEN]["gaps"].n_used:
+            corrected = draws[Role.TARGET]["gaps"] - draws[Role.UNSEEN]["gaps"]
+            result["corrected_gap"] = self._by_top_and_percent(corrected.estimates(self.level))
+        target_scores = scores.filter(pl.col("role") == Role.TARGET)
+        result["per_class"] = self._per_class(target_scores, seed)
+        if "planted_repeats" in scores.columns and (target_scores["planted_repeats"].fill_null(1) > 1).any():
+            result["planted"] = self._planted(target_scores, seed)
+        return result
+
+    def _draws(self, scores: pl.DataFrame, seed: int, role: str) -> dict[str, Draws]:
+        """Bootstrap of one role. All statistics of a role see the same resamples, whatever the reference."""
+        used = scores.filter(pl.col("status") == Status.OK).sort("id")
+        n_excluded = len(scores) - len(used)
+        values = {column: used[column].to_numpy() for column in used.columns if used[column].dtype != pl.String}
+        curve = [percent / 100 for percent in CURVE_PERCENT]
+
+        def run(statistic: Any) -> Draws:
+            rng = provenance.rng(seed, f"bootstrap/{role}")
+            return statistics.bootstrap(statistic, len(used), self.resamples, rng, n_excluded)
+
+        accuracies = {
+            f"{who}{ranked}": run(partial(self._accuracies, values, who, ranking))
+            for who, ranked, ranking in (
+                ("target", "", "target"), ("reference", "", "reference"), ("reference", "_same_rows", "target"),
+            )
+        }  # fmt: skip
+        memorized = (used["quadrant"] == "memorized").to_numpy()
+        curves = {
+            who: run(partial(metrics.confident_means, values[f"{who}_correct"], values[f"{who}_confidence"], curve))
+            for who in ("target", "reference")
+        }
+        return {
+            **accuracies,
+            "gaps": paired(accuracies["target"], accuracies["reference"]),
+            "same_rows_gaps": paired(accuracies["target"], accuracies["reference_same_rows"]),
+            "quadrants": run(lambda weights: _shares(used["quadrant"], weights)),
+            "memorization_confidence": run(partial(_mean_where, values["memorization_confidence"], memorized)),
+            "memorization_score": run(partial(_mean_where, values["memorization_score"], None)),
+            **{f"curve_{who}": draws for who, draws in curves.items()},
+            "curve_gap": paired(curves["target"], curves["reference"]),
+        }
+
+    def _accuracies(self, values: Mapping[str, Any], who: str, ranking: str, weights: FloatArray) -> FloatArray:
+        """Top-1 then top-5 accuracy of `who` at each fraction; rows ranked by the confidence of `ranking`."""
+        confidence = values[f"{ranking}_confidence"]
+        if self.ties == "first":
+            # Ranks instead of confidences: without ties, the order of rows decides.
+            places = np.empty(len(confidence))
+            places[np.argsort(-confidence, kind="stable")] = np.arange(len(confidence))
+            confidence = -places
+        return np.hstack(
+            [
+                metrics.confident_means(values[f"{who}_correct{suffix}"], confidence, self.fractions, weights)
+                for suffix in TOPS.values()
+            ]
+        )
+
+    def _by_top_and_percent(self, estimates: list[Estimate]) -> dict[str, dict[str, Any]]:
+        percents = [f"{100 * fraction:g}" for fraction in self.fractions]
+        rows = iter(estimates)
+        return {top: {percent: next(rows).as_dict() for percent in percents} for top in TOPS}
+
+    def _role_figures(self, draws: Mapping[str, Draws]) -> dict[str, Any]:
+        parts = {
+            name: self._by_top_and_percent(draws[source].estimates(self.level))
+            for name, source in (
+                ("target", "target"), ("reference", "reference"), ("gap", "gaps"), ("same_rows_gap", "same_rows_gaps"),
+            )
+        }  # fmt: skip
+        result: dict[str, Any] = {
+            top: {percent: {name: part[top][percent] for name, part in parts.items()} for percent in parts["gap"][top]}
+            for top in TOPS
+        }
+        shares = draws["quadrants"].estimates(self.level)
+        result["quadrants"] = {name: shares[place].as_dict() for place, name in enumerate(metrics.QUADRANTS)}
+        for name in ("memorization_confidence", "memorization_score"):
+            result[name] = draws[name].estimates(self.level)[0].as_dict()
+        gaps = draws["curve_gap"].estimates(self.level)
+        result["curve"] = {
+            "percent": list(CURVE_PERCENT),
+            "target": _plain(draws["curve_target"].value),
+            "reference": _plain(draws["curve_reference"].value),
+            "gap": _plain([gap.value for gap in gaps]),
+            "gap_low": _plain([gap.low for gap in gaps]),
+            "gap_high": _plain([gap.high for gap in gaps]),
+        }
+        return result
+
+    def _per_class(self, scores: pl.DataFrame, seed: int) -> list[dict[str, Any]]:
+        """Top-1 accuracies and gap of each class, all usable rows of the class."""
+        result = []
+        for (label,), rows in scores.sort("label", "id").group_by("label", maintain_order=True):
+            used = rows.filter(pl.col("status") == Status.OK)
+            target, reference = used["target_correct"].to_numpy(), used["reference_correct"].to_numpy()
+            estimates = self._estimate_means([target, reference, target.astype(float) - reference], len(rows), seed)
+            names = ("target", "reference", "gap")
+            result.append({"label": label, **{n: e.as_dict() for n, e in zip(names, estimates, strict=True)}})
+        return result
+
+    def _estimate_means(self, columns: list[Any], n_rows: int, seed: int) -> list[Estimate]:
+        """Means over the same rows, with a paired bootstrap."""
+        matrix = np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
+        if not len(matrix):
+            return [Estimate.undefined(n_rows)] * len(columns)
+        rng = provenance.rng(seed, "bootstrap/class")
+        draws = statistics.bootstrap(
+            lambda weights: weights @ matrix / len(matrix), len(matrix), self.resamples, rng, n_rows - len(matrix)
+        )
+        return draws.estimates(self.level)
+
+    def _planted(self, scores: pl.DataFrame, seed: int) -> dict[str, Any]:
+        """How well the memorization score finds the rows that training repeated, and what each group looks like."""
+        scored = scores.filter(pl.col("memorization_score").is_not_null()).sort("id")
+        values = scored["memorization_score"].to_numpy()
+        planted = (scored["planted_repeats"].fill_null(1) > 1).to_numpy()
+        rng = provenance.rng(seed, "bootstrap/planted")
+        value = metrics.auroc(values[planted], values[~planted])
+        samples = [
+            metrics.auroc(rng.choice(values[planted], planted.sum()), rng.choice(values[~planted], (~planted).sum()))
+            for _ in range(self.resamples if planted.any() and not planted.all() else 0)
+        ]
+        draws = Draws(np.array([value]), np.array(samples or [np.nan])[:, None], len(scored), len(scores) - len(scored))
+        groups = (
+            scores.filter(pl.col("status") == Status.OK)
+            .with_columns(planted=pl.col("planted_repeats").fill_null(1) > 1)
+            .group_by("background", "planted")
+            .agg(
+                rows=pl.len(),
+                target_accuracy=pl.col("target_correct").mean(),
+                **{name: (pl.col("quadrant") == name).mean() for name in metrics.QUADRANTS},
+            )
+            .sort("background", "planted")
+        )
+        return {"auroc": draws.estimates(self.level)[0].as_dict(), "groups": groups.to_dicts()}
+
+    def verdict(self, figures: Mapping[str, Any], reference: str, *, random: bool) -> str:
+        """One sentence: what the figures show, and what they do not."""
+        if random:
+            return "Nothing is measured: the encoder's weights are random, and no figure here says anything of a trained model."
+        top = f"{100 * max(self.fractions):g}"
+        raw = figures["roles"][Role.TARGET]["top1"][top]["gap"]
+        if raw["value"] is None:
+            return "Nothing is measured: no target row could be used; the counts by status say why."
+        shown = f"the encoder beats {reference} by {_points(raw)} on target rows"
+        corrected = figures.get("corrected_gap", {}).get("top1", {}).get(top)
+        if corrected is None or corrected["value"] is None:
+            return (
+                f"Memorization is not separated from knowledge: {shown}, but without unseen rows this raw gap also "
+                "contains whatever the encoder knows better than the reference."
+            )
+        rows = f"{corrected['n_used']} rows, {100 * self.level:g} % interval"
+        if corrected["low"] > 0:
+            return (
+                f"Memorization is shown: the corrected gap is {_points(corrected)} ({rows}); {shown}, "
+                "and by that much less on rows it never saw."
+            )
+        if corrected["high"] < 0:
+            return (
+                f"No memorization is shown: the corrected gap is {_points(corrected)} ({rows}), below zero; target and "
+                "unseen rows differ in something else than having been seen."
+            )
+        return (
+            f"No memorization is shown: the corrected gap is {_points(corrected)} ({rows}) and its interval holds zero; "
+            f"{shown}, and about as much on rows it never saw."
+        )
+
+
+def paired(first: Draws, second: Draws) -> Draws:
+    """The difference of two figures on the same resamples of the same rows."""
+    return Draws(first.value - second.value, first.samples - second.samples, first.n_used, first.n_excluded)
+
+
+def _points(estimate: Mapping[str, Any]) -> str:
+    """A share as percentage points with its interval."""
+    return f"{100 * estimate['value']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}] points"
+
+
+def _shares(quadrants: pl.Series, weights: FloatArray) -> FloatArray:
+    member = np.stack([(quadrants == name).to_numpy() for name in metrics.QUADRANTS], axis=1).astype(np.float64)
+    return weights @ member / len(member) if len(member) else np.full((len(weights), member.shape[1]), np.nan)
+
+
+def _mean_where(values: FloatArray, chosen: BoolArray | None, weights: FloatArray) -> FloatArray:
+    """Mean over the chosen rows that are defined; NaN in a resample without any."""
+    values = np.asarray(values, dtype=np.float64)
+    chosen = np.isfinite(values) if chosen is None else chosen & np.isfinite(values)
+    weight = weights[:, chosen].sum(axis=1)
+    total = weights[:, chosen] @ values[chosen]
+    return (total / np.where(weight > 0, weight, np.nan))[:, None]
+
+
+def _plain(values: Any) -> list[float | None]:
+    """Floats for JSON; None for NaN."""
+    return [None if np.isnan(value) else float(value) for value in values]

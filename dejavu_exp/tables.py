@@ -1,0 +1,214 @@
+"""Column schemas of every table, their reading, writing and checking, and the `Estimate` that each figure is."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from dejavu_exp.errors import DataError
+
+SCHEMA_VERSION = 1
+"""Part of every cache key: raise it when a column or its meaning changes."""
+
+Schema: TypeAlias = Mapping[str, pl.DataType | type[pl.DataType]]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
+FloatArray: TypeAlias = npt.NDArray[np.float64]
+Float32Array: TypeAlias = npt.NDArray[np.float32]
+IntArray: TypeAlias = npt.NDArray[np.int64]
+
+
+class Status(StrEnum):
+    """Why a row is or is not measured. Excluded rows stay in their table and carry one of these."""
+
+    OK = "ok"
+    NO_ANNOTATION = "no_annotation"
+    BAD_ANNOTATION = "bad_annotation"
+    BOX_OUTSIDE = "box_outside"
+    TOO_SMALL = "too_small"
+    UNREADABLE = "unreadable"
+    NO_LABEL = "no_label"
+    NO_OBJECTS = "no_objects"
+    NO_EVIDENCE = "no_evidence"
+
+
+class Role(StrEnum):
+    """What an image is used for; every image has at most one role."""
+
+    TARGET = "target"
+    HELDOUT = "heldout"
+    SHARED = "shared"
+    PUBLIC = "public"
+    UNSEEN = "unseen"
+
+
+BOXES = pl.List(pl.List(pl.Int32))
+
+MANIFEST: Schema = {
+    "id": pl.String,  # unique and stable: does not depend on where the data set lies or on listing order
+    "path": pl.String,  # what the image store is asked for
+    "origin": pl.String,  # the part of the data set as published: train, val, ...
+    "label": pl.String,  # class id; null where unknown
+    "width": pl.Int32,  # pixels; null where only the image itself can tell
+    "height": pl.Int32,
+    "boxes": BOXES,  # [xmin, ymin, xmax, ymax] in pixels, upper ends exclusive; null without annotation
+    "caption": pl.String,
+    "objects": pl.List(pl.String),  # names of all annotated objects; null without annotation
+    "tags": pl.List(pl.String),  # names of background things the data set itself lists
+    "tag_boxes": BOXES,  # where each tag is; null where the data set does not say
+    "status": pl.String,
+    "detail": pl.String,  # the reason, where the status is not ok
+}
+
+ROLES: Schema = {"id": pl.String, "label": pl.String, "role": pl.String}
+
+VIEWS: Schema = {
+    "view_id": pl.String,  # "<id>#<view>"
+    "id": pl.String,
+    "view": pl.String,
+    "role": pl.String,
+    "label": pl.String,
+    "path": pl.String,
+    "content": pl.String,  # hash of the image file's bytes
+    "xmin": pl.Int32,  # the region, pixels, upper ends exclusive
+    "ymin": pl.Int32,
+    "xmax": pl.Int32,
+    "ymax": pl.Int32,
+    "status": pl.String,
+    "detail": pl.String,
+}
+
+TAGS: Schema = {
+    "view_id": pl.String,
+    "tags": pl.List(pl.String),  # strongest first
+    "scores": pl.List(pl.Float32),  # the tagger's own scale, descending
+    "status": pl.String,
+}
+
+SCORES: Schema = {
+    "id": pl.String,
+    "role": pl.String,
+    "label": pl.String,
+    "reference": pl.String,
+    "status": pl.String,
+    "target_label": pl.String,
+    "target_probability": pl.Float64,  # the target's share of evidence for the true label, 0 to 1
+    "target_confidence": pl.Float64,  # minus the entropy of the target's evidence, nats, <= 0
+    "target_correct": pl.Boolean,
+    "target_correct_top5": pl.Boolean,
+    "target_tied": pl.Boolean,
+    "reference_label": pl.String,
+    "reference_probability": pl.Float64,
+    "reference_confidence": pl.Float64,
+    "reference_correct": pl.Boolean,
+    "reference_correct_top5": pl.Boolean,
+    "reference_tied": pl.Boolean,
+    "quadrant": pl.String,
+    "memorization_score": pl.Float64,
+    "memorization_confidence": pl.Float64,  # nats; null where it is not defined
+}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its interval and the rows behind it.
+
+    An undefined figure is NaN with its count, never 0.
+
+    Attributes:
+        value: the point estimate.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        n_used: rows the figure rests on.
+        n_excluded: rows that belong here and could not be used.
+    """
+
+    value: float
+    low: float
+    high: float
+    n_used: int
+    n_excluded: int
+
+    @classmethod
+    def undefined(cls, n_excluded: int) -> Estimate:
+        """An estimate without any usable row.
+
+        >>> Estimate.undefined(12).n_used
+        0
+        """
+        return cls(math.nan, math.nan, math.nan, 0, n_excluded)
+
+    def contains(self, value: float) -> bool:
+        """True where the interval holds `value`; False for an undefined estimate.
+
+        >>> Estimate(0.1, -0.1, 0.3, 10, 0).contains(0.0)
+        True
+        """
+        return self.low <= value <= self.high
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """The fields for JSON, where NaN is null."""
+        return {
+            key: None if isinstance(value, float) and math.isnan(value) else value
+            for key, value in asdict(self).items()
+        }
+
+
+def validate(frame: pl.DataFrame, schema: Schema, name: str, key: str = "id") -> pl.DataFrame:
+    """Check columns, types and the uniqueness of the key; extra columns are kept.
+
+    Args:
+        frame: any table.
+        schema: the columns it must have; castable types are cast.
+        name: what to call the table in an error.
+        key: the column that must be unique and never null.
+
+    Returns:
+        The table, schema columns first and in the schema's order.
+
+    Raises:
+        DataError: a column is missing, has values of another type, or the key is null or repeated.
+    """
+    missing = [column for column in schema if column not in frame.columns]
+    if missing:
+        raise DataError(f"{name}: missing column {', '.join(missing)}; it must have {', '.join(schema)}.")
+    try:
+        frame = frame.with_columns(pl.col(column).cast(dtype) for column, dtype in schema.items())
+    except pl.exceptions.PolarsError as error:
+        raise DataError(f"{name}: a column has values of another type: {error}") from error
+    if frame[key].null_count():
+        raise DataError(f"{name}: {frame[key].null_count()} rows have no {key}; every row needs one.")
+    repeated = frame.filter(frame[key].is_duplicated())[key].unique().sort()
+    if len(repeated):
+        shown = ", ".join(repeated.head(5))
+        raise DataError(f"{name}: {len(repeated)} values of {key} occur more than once, e.g. {shown}; make them unique.")
+    return frame.select([*schema, *[column for column in frame.columns if column not in schema]])
+
+
+def write(frame: pl.DataFrame, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a Parquet table under a temporary name, then rename: a reader never sees half a table."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    described = {key: json.dumps(value, sort_keys=True) for key, value in (metadata or {}).items()}
+    try:
+        frame.write_parquet(partial, metadata={"schema_version": str(SCHEMA_VERSION), **described})
+        os.replace(partial, path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error}. Free some space or choose another folder.") from error
+
+
+def write_json(value: object, path: Path) -> None:
+    """Write JSON with sorted keys under a temporary name, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
