@@ -1,0 +1,174 @@
+"""The configuration: its schema, its check, and the parts built from it. With `__main__` the only place that knows Hydra."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dejavu_exp.errors import ConfigError
+
+if typing.TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_PACKAGED = Path(__file__).parent / "conf"
+CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "conf"
+"""Where the configuration groups are: inside the package in a wheel, beside it in a source tree."""
+
+PARTS = ("model", "dataset", "split", "probe", "tagger", "scoring", "trainer", "tracking")
+
+
+@dataclass
+class Schema:
+    """The top level of the configuration. Groups hold one part each, which checks its own keys."""
+
+    seed: int = 0
+    gallery: int = 12
+    model: Any = None
+    dataset: Any = None
+    split: Any = None
+    probe: Any = None
+    references: dict[str, Any] = field(default_factory=dict)
+    tagger: Any = None
+    scoring: Any = None
+    trainer: Any = None
+    tracking: Any = None
+
+
+def register() -> None:
+    """Register the resolvers that configuration files use."""
+    from omegaconf import OmegaConf
+
+    OmegaConf.register_new_resolver("weights_of_arch", _weights_of_arch, replace=True)
+
+
+def _weights_of_arch(arch: str, *, _root_: DictConfig) -> str:
+    """The weights given for the measured model, where it has this architecture; otherwise "hub"."""
+    from omegaconf import OmegaConf
+
+    if OmegaConf.select(_root_, "model.arch") == arch:
+        return str(OmegaConf.select(_root_, "model.weights"))
+    return "hub"
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """Check the composed configuration against the schema and resolve it.
+
+    Raises:
+        ConfigError: an unknown key (also one added with `+`), a missing value, or a value of another type.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+
+    register()
+    try:
+        # `+key=1` adds keys past Hydra's own check; merging onto a fresh schema refuses them.
+        plain = OmegaConf.to_container(
+            OmegaConf.merge(OmegaConf.structured(Schema), cfg), resolve=True, throw_on_missing=True
+        )
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        raise ConfigError(f"{key} is not set and has no default. Add {key}=... to the command line.") from error
+    except ConfigKeyError as error:
+        raise ConfigError(_unknown(str(error.full_key or error.key), [f.name for f in dataclasses.fields(Schema)])) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {error.msg or error}") from error
+    resolved = typing.cast(dict[str, Any], plain)
+    if not resolved["references"]:
+        raise ConfigError("reference is empty: choose at least one, e.g. reference=naive_bayes.")
+    return resolved
+
+
+def build(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Build every part, the model and the data set unread; values are checked here, before any work.
+
+    Returns:
+        The parts by name, with `seed`, `gallery` and `references` (a dict).
+
+    Raises:
+        ConfigError: a part has an unknown or missing key, or a value it cannot work with.
+    """
+    parts: dict[str, Any] = {name: bind(resolved[name], name) for name in PARTS}
+    parts["references"] = {name: bind(node, f"references.{name}") for name, node in resolved["references"].items()}
+    return {**parts, "seed": resolved["seed"], "gallery": resolved["gallery"]}
+
+
+def bind(node: object, key: str) -> Any:  # noqa: ANN401 - whatever `_target_` names
+    """Build what a node's `_target_` names, after checking the node's keys and plain values against its signature.
+
+    Args:
+        node: the resolved configuration node.
+        key: where it is, for errors.
+    """
+    from hydra.utils import get_object
+
+    if isinstance(node, list):
+        return [bind(item, f"{key}.{index}") for index, item in enumerate(node)]
+    if not isinstance(node, Mapping):
+        return node
+    if "_target_" not in node:
+        return {name: bind(value, f"{key}.{name}") for name, value in node.items()}
+    try:
+        target = get_object(node["_target_"])
+    except Exception as error:
+        raise ConfigError(f"{key}._target_={node['_target_']}: cannot be imported: {error}") from error
+    hints = typing.get_type_hints(target.__init__, vars(inspect.getmodule(target)), _KnownNames())
+    parameters = {name: p for name, p in inspect.signature(target).parameters.items() if name != "self"}
+    arguments = {name: bind(value, f"{key}.{name}") for name, value in node.items() if name != "_target_"}
+    for name in arguments:
+        if name not in parameters:
+            raise ConfigError(_unknown(f"{key}.{name}", [f"{key}.{known}" for known in parameters]))
+    for name, parameter in parameters.items():
+        if name not in arguments and parameter.default is inspect.Parameter.empty:
+            raise ConfigError(f"{key}.{name} is not set and has no default. Add {key}.{name}=... to the command line.")
+    for name, value in arguments.items():
+        if not _fits(value, hints.get(name, Any)):
+            raise ConfigError(f"{key}.{name}={value}: must be {_spell(hints[name])}.")
+    return target(**arguments)
+
+
+class _KnownNames(dict[str, Any]):
+    """Names that a module imports for its annotations only count as Any."""
+
+    def __missing__(self, name: str) -> Any:  # noqa: ANN401
+        if hasattr(__builtins__, name) or (isinstance(__builtins__, dict) and name in __builtins__):
+            raise KeyError(name)
+        return Any
+
+
+def _fits(value: object, hint: Any) -> bool:  # noqa: ANN401
+    """True where a plain value has the annotated type; annotations that are not plain types accept anything."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint)
+    if hint is types.NoneType:
+        return value is None
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    if hint in (str, Path):
+        return isinstance(value, str)
+    return isinstance(value, bool) if hint is bool else True
+
+
+def _spell(hint: Any) -> str:  # noqa: ANN401
+    """An annotation in words."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(str(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(_spell(option) for option in typing.get_args(hint))
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path", types.NoneType: "null"}
+    return names.get(hint, str(hint))
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known keys are {', '.join(known)}."
+    return f"{key} is not a key of the configuration: {hint}"

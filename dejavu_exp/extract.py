@@ -53,6 +53,11 @@ class Embeddings:
     reasons: dict[str, str]
     classes: tuple[str, ...] | None
 
+    def readable_only(self) -> Embeddings:
+        """The rows whose image could be decoded."""
+        ids = tuple(view_id for view_id in self.view_ids if view_id not in self.reasons)
+        return Embeddings(ids, self.values[self.readable], self.readable[self.readable], {}, self.classes)
+
 
 @dataclass(frozen=True)
 class Extractor:

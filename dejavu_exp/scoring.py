@@ -106,12 +106,12 @@ class LabelInference:
             }
         )
 
-    def figures(self, scores: pl.DataFrame, seed: int) -> dict[str, Any]:
+    def figures(self, scores: pl.DataFrame, images: pl.DataFrame, seed: int) -> dict[str, Any]:
         """All figures of one reference.
 
         Args:
-            scores: columns of `tables.SCORES`, one reference; further columns `background` and `planted_repeats` where
-                the data set has planted truth.
+            scores: columns of `tables.SCORES`, one reference.
+            images: the manifest's rows; `planted_repeats` and `background` are used where the data set has planted truth.
             seed: of the bootstrap.
 
         Returns:
@@ -128,8 +128,9 @@ class LabelInference:
             result["corrected_gap"] = self._by_top_and_percent(corrected.estimates(self.level))
         target_scores = scores.filter(pl.col("role") == Role.TARGET)
         result["per_class"] = self._per_class(target_scores, seed)
-        if "planted_repeats" in scores.columns and (target_scores["planted_repeats"].fill_null(1) > 1).any():
-            result["planted"] = self._planted(target_scores, seed)
+        if {"planted_repeats", "background"} <= set(images.columns):
+            truth = images.select("id", "background", "planted_repeats")
+            result["planted"] = self._planted(target_scores.join(truth, on="id", how="left", validate="1:1"), seed)
         return result
 
     def _draws(self, scores: pl.DataFrame, seed: int, role: str) -> dict[str, Draws]:

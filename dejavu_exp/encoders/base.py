@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
-    Transform: TypeAlias = Callable[[Image.Image], Tensor]
+Transform: TypeAlias = "Callable[[Image.Image], Tensor]"
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class TimmEncoder:
         from dejavu_exp.encoders.modules import PooledFeatures
 
         self.check()
-        model = self._from_hub() if self.weights == sources.HUB else self._build(pretrained=False)
+        model = self._from_hub() if self.weights == sources.HUB else self.build()
         head = [name for name in _classifiers(model) if name in dict(model.named_modules())]
         if self.weights not in (sources.HUB, sources.RANDOM):
             self._fill(model, head)
@@ -131,7 +131,8 @@ class TimmEncoder:
         published = self._published()
         return str(published.hf_hub_id or published.url or published.file)
 
-    def _build(self, pretrained: bool) -> nn.Module:
+    def build(self, *, pretrained: bool = False) -> nn.Module:
+        """The whole model with its classifier; random weights from `seed` unless `pretrained`."""
         import timm
 
         try:
@@ -154,7 +155,7 @@ class TimmEncoder:
             )
             sources.require_hub_repository(name, published.hf_hub_id, files)
         try:
-            return self._build(pretrained=True)
+            return self.build(pretrained=True)
         except (OSError, RuntimeError) as error:
             raise sources.hub_error(name, sources.why(error)) from error
 

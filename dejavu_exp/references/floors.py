@@ -1,0 +1,54 @@
+"""Floors: what can be had without looking at the image. An encoder that does not beat them infers nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from dejavu_exp import evidence, provenance
+from dejavu_exp.evidence import Evidence
+from dejavu_exp.references.base import ReferenceInputs
+from dejavu_exp.taggers import Tagger
+
+
+@dataclass(frozen=True)
+class ClassPrior:
+    """Every query gets the label frequencies of the heldout role; with equal frequencies all labels tie."""
+
+    def check(self, tagger: Tagger) -> None:
+        """Nothing can fail."""
+
+    def evidence(self, inputs: ReferenceInputs) -> Evidence:
+        """See `Reference.evidence`; ties go to the label that comes first."""
+        counts = dict(inputs.heldout.group_by("label").len().iter_rows())
+        prior = np.array([counts.get(label, 0) for label in inputs.labels], dtype=np.float64)
+        prior = prior / prior.sum() if prior.sum() else np.full(len(prior), 1 / len(prior))
+        probabilities = np.tile(prior.astype(np.float32), (len(inputs.queries), 1))
+        return evidence.from_probabilities(inputs.queries["id"].to_list(), inputs.labels, probabilities)
+
+
+@dataclass(frozen=True)
+class LabelShuffle:
+    """Every query gets the target's evidence for another query of the same role, drawn at random.
+
+    The predictions keep their frequencies and confidences and lose their tie to the image, so the accuracy is chance for
+    this encoder on these labels.
+    """
+
+    def check(self, tagger: Tagger) -> None:
+        """Nothing can fail."""
+
+    def evidence(self, inputs: ReferenceInputs) -> Evidence:
+        """See `Reference.evidence`."""
+        givers = inputs.queries.select("id", "role").sort("role", "id")
+        shuffled = []
+        for (role,), rows in givers.group_by("role", maintain_order=True):
+            order = provenance.rng(inputs.seed, f"label_shuffle/{role}").permutation(len(rows))
+            shuffled.append(rows.with_columns(giver=rows["id"].gather(order)))
+        pairs = pl.concat(shuffled)
+        given = inputs.target.take(pairs["giver"].to_list())
+        return Evidence(
+            tuple(pairs["id"]), given.labels, given.probabilities, given.ranking, given.confidence, given.tied
+        ).take(inputs.queries["id"].to_list())

@@ -1,0 +1,304 @@
+"""The plan of a run and the stages that join modules: what is prepared, trained, embedded, and told in figures.json."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from dejavu_exp import crops, images, provenance
+from dejavu_exp.datasets.base import Dataset, Manifest
+from dejavu_exp.encoders import Encoder, LoadedEncoder
+from dejavu_exp.errors import ConfigError, DataError
+from dejavu_exp.evidence import Evidence
+from dejavu_exp.extract import Embeddings, Extractor
+from dejavu_exp.neighbours import KnnProbe
+from dejavu_exp.references.base import Reference
+from dejavu_exp.scoring import LabelInference
+from dejavu_exp.splits import Split
+from dejavu_exp.tables import Role, Status
+from dejavu_exp.taggers import Tagger
+from dejavu_exp.tracking import WandbTracking
+from dejavu_exp.training import TrainedEncoder, TrainingInputs
+
+MEASURED = (Role.TARGET, Role.UNSEEN)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked configuration: every part built, nothing read yet."""
+
+    model: Encoder | TrainedEncoder
+    dataset: Dataset
+    split: Split
+    probe: KnnProbe
+    references: Mapping[str, Reference]
+    tagger: Tagger
+    scoring: LabelInference
+    trainer: Extractor
+    tracking: WandbTracking
+    seed: int
+    gallery: int
+
+
+@dataclass(frozen=True)
+class Views:
+    """The images of a run and their views; excluded rows stay, with a status.
+
+    Attributes:
+        manifest: the data set as read.
+        rows: the manifest's rows that have a role, with `role` and `content`.
+        queries: query views of roles target, unseen and heldout, columns of `tables.VIEWS`.
+        bank: bank views of role public.
+        shortfalls: what the split asked for and did not get.
+    """
+
+    manifest: Manifest
+    rows: pl.DataFrame
+    queries: pl.DataFrame
+    bank: pl.DataFrame
+    shortfalls: list[str]
+
+    def measured(self) -> pl.DataFrame:
+        """Usable query views of target and unseen rows."""
+        return _usable(self.queries, *MEASURED)
+
+    def heldout(self) -> pl.DataFrame:
+        """Usable query views of heldout rows."""
+        return _usable(self.queries, Role.HELDOUT)
+
+    def public(self) -> pl.DataFrame:
+        """Usable bank views."""
+        return _usable(self.bank, Role.PUBLIC)
+
+    def labels(self) -> tuple[str, ...]:
+        """All labels of the bank, sorted: the columns of evidence."""
+        return tuple(sorted(self.public()["label"].unique()))
+
+
+def _usable(views: pl.DataFrame, *roles: Role) -> pl.DataFrame:
+    return views.filter(pl.col("role").is_in(roles), pl.col("status") == Status.OK)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds of each stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+
+
+def prepare(plan: Plan) -> Views:
+    """Read the data set, deal the roles, cut the views.
+
+    Raises:
+        ConfigError: the bank is smaller than k.
+        DataError: a role that is needed has no usable image, or a class has no usable public image.
+    """
+    manifest = plan.dataset.manifest()
+    roles = plan.split.assign(manifest.rows, plan.seed)
+    rows = manifest.rows.join(roles.select("id", "role"), on="id", how="inner", validate="1:1")
+    rows = images.inspect(rows, manifest.store)
+    asked = pl.col("role").is_in([*MEASURED, Role.HELDOUT])
+    views = Views(
+        manifest,
+        rows,
+        crops.views(rows.filter(asked), plan.probe.query),
+        crops.views(rows.filter(pl.col("role") == Role.PUBLIC), plan.probe.bank),
+        plan.split.report(roles),
+    )
+    _check(views, plan)
+    return views
+
+
+def _check(views: Views, plan: Plan) -> None:
+    """Find what would fail after the device work."""
+    public = views.public()
+    if len(public) < plan.probe.k:
+        raise ConfigError(
+            f"probe.k={plan.probe.k} is more than the bank holds: the split has {len(public)} usable public images. "
+            f"Set probe.k to at most {len(public)}, or choose a larger split."
+        )
+    measured = views.measured()
+    if not len(measured.filter(pl.col("role") == Role.TARGET)):
+        counts = ", ".join(f"{count} {status}" for status, count in status_counts(views.queries, Role.TARGET).items())
+        raise DataError(f"no target image can be used ({counts}). Lower split.min_side_px, or check the boxes.")
+    lost = sorted(set(measured["label"]) - set(public["label"]))
+    if lost:
+        raise DataError(
+            f"class {lost[0]} has no usable public image ({len(lost)} such classes), so its label cannot be inferred. "
+            "Raise split.public, lower split.target, or leave the class out."
+        )
+
+
+def train(plan: Plan, views: Views) -> LoadedEncoder:
+    """Train the encoder that the configuration asks to train on this data set."""
+    if not isinstance(plan.model, TrainedEncoder):
+        raise TypeError("only an encoder trained here can be trained")
+    repeats = views.rows.filter(pl.col("role") == Role.TARGET)
+    repeats = repeats if "planted_repeats" in repeats.columns else repeats.clear().with_columns(planted_repeats=pl.lit(1))
+    return plan.model.train(
+        TrainingInputs(
+            images=crops.views(views.rows, crops.FullImage()),
+            backgrounds=views.queries,
+            repeats=dict(repeats.select("id", "planted_repeats").drop_nulls().iter_rows()),
+            store=views.manifest.store,
+            cache=plan.trainer.cache,
+            device=plan.trainer.device,
+            seed=plan.seed,
+        )
+    )
+
+
+def embed(plan: Plan, views: Views, encoder: LoadedEncoder) -> tuple[Views, Embeddings, Embeddings]:
+    """Embed the measured queries and the bank; views whose image does not decode become "unreadable".
+
+    Returns:
+        The views with the new statuses, and the embeddings of those that remain usable, in their order.
+    """
+    queries = plan.trainer.embed(encoder, views.measured(), views.manifest.store, "embedding query views")
+    bank = plan.trainer.embed(encoder, views.public(), views.manifest.store, "embedding public images")
+    views = replace(
+        views,
+        queries=_without_unreadable(views.queries, queries.reasons),
+        bank=_without_unreadable(views.bank, bank.reasons),
+    )
+    _check(views, plan)
+    return views, queries.readable_only(), bank.readable_only()
+
+
+def _without_unreadable(views: pl.DataFrame, reasons: Mapping[str, str]) -> pl.DataFrame:
+    broken = pl.col("view_id").is_in(list(reasons))
+    return views.with_columns(
+        status=pl.when(broken).then(pl.lit(str(Status.UNREADABLE))).otherwise("status"),
+        detail=pl.when(broken)
+        .then(pl.col("view_id").replace_strict(dict(reasons), default=None, return_dtype=pl.String))
+        .otherwise("detail"),
+    )
+
+
+def label_codes(views: Views, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The label of each neighbour as a position in `views.labels()`, shape as `positions`."""
+    return np.searchsorted(np.array(views.labels()), views.public()["label"].to_numpy().astype(str))[positions]
+
+
+def status_counts(views: pl.DataFrame, role: Role) -> dict[str, int]:
+    """Rows of a role by status."""
+    return dict(views.filter(pl.col("role") == role).group_by("status").len().sort("status").iter_rows())
+
+
+def collect(
+    plan: Plan,
+    views: Views,
+    encoder: LoadedEncoder,
+    target: Evidence,
+    measures: Mapping[str, dict[str, Any]],
+    config: Mapping[str, Any],
+) -> dict[str, Any]:
+    """All that figures.json holds, but the times.
+
+    Args:
+        plan: the run.
+        views: after embedding.
+        encoder: as loaded.
+        target: evidence of the encoder.
+        measures: figures of each reference, in the order of the configuration.
+        config: resolved.
+    """
+    headline = next(iter(measures))
+    names = views.manifest.class_names
+    references = {
+        name: {
+            "description": _first_line(plan.references[name]),
+            "verdict": plan.scoring.verdict(found, name, random=encoder.random),
+            **found,
+            "per_class": [{**row, "name": names.get(row["label"], row["label"])} for row in found["per_class"]],
+        }
+        for name, found in measures.items()
+    }
+    everyone = pl.concat([views.queries, views.bank])
+    counts = {}
+    for role in Role:
+        by_status = status_counts(everyone, role)
+        used = by_status.get(Status.OK, 0)
+        if role == Role.SHARED:
+            by_status = dict(views.rows.filter(pl.col("role") == role).group_by("status").len().iter_rows())
+            used = by_status.get(Status.OK, 0)
+        rows = sum(by_status.values())
+        counts[str(role)] = {"rows": rows, "used": used, "excluded": rows - used, "by_status": by_status}
+    return {
+        "title": f"{encoder.description} on {views.manifest.name}",
+        "verdict": references[headline]["verdict"],
+        "headline": headline,
+        "notes": notes(plan, views, encoder),
+        "problems": [*views.manifest.problems, *_unreadable(everyone)],
+        "encoder": {
+            "description": encoder.description,
+            "weights": encoder.weights,
+            "weights_hash": encoder.weights_hash,
+            "random": encoder.random,
+        },
+        "dataset": {
+            "name": views.manifest.name,
+            "rows": len(views.manifest.rows),
+            "labels": views.manifest.rows["label"].n_unique(),
+        },
+        "probe": {
+            "view": plan.probe.query.name,
+            "k": plan.probe.k,
+            "metric": plan.probe.metric,
+            "ties": plan.probe.ties,
+            "bank": len(views.public()),
+            "bank_excluded": len(views.bank) - len(views.public()),
+            "tied": float(target.tied.mean()),
+        },
+        "counts": counts,
+        "references": references,
+        "run": {"versions": provenance.versions(), "commit": provenance.commit(), "config": dict(config)},
+    }
+
+
+def notes(plan: Plan, views: Views, encoder: LoadedEncoder) -> list[str]:
+    """What a reader must know before believing a figure."""
+    found = list(views.shortfalls)
+    if encoder.random:
+        found.append("The encoder's weights are random: no figure here says anything of a trained model.")
+    roles = set(views.measured()["role"])
+    if Role.UNSEEN not in roles:
+        found.append("There are no usable unseen rows, so the gap cannot be corrected for what the encoder knows better.")
+    if plan.tagger.encoder is not None and plan.tagger.encoder == plan.model:
+        found.append("The tagger is the encoder under test: it may have memorized the images whose tags it names.")
+    uncut = views.rows.filter(pl.col("content").is_not_null(), pl.col("role") != Role.SHARED)
+    twins = uncut.filter(pl.col("content").is_duplicated())
+    crossing = twins.group_by("content").agg(pl.col("role").n_unique()).filter(pl.col("role") > 1)
+    if len(crossing):
+        found.append(f"{len(crossing)} image files occur in more than one role, byte for byte; the roles are not disjoint.")
+    return found
+
+
+def _unreadable(views: pl.DataFrame, most: int = 20) -> list[str]:
+    broken = views.filter(pl.col("status") == Status.UNREADABLE)["detail"].drop_nulls().to_list()
+    more = [f"{len(broken) - most} more images could not be read."] if len(broken) > most else []
+    return [*broken[:most], *more]
+
+
+def _first_line(part: object) -> str:
+    return (type(part).__doc__ or "").strip().splitlines()[0]
+
+
+def timed(facts: dict[str, Any], clock: Stopwatch) -> dict[str, Any]:
+    """The same figures with the times, which alone differ between two runs of one configuration."""
+    facts["run"] |= {"created": datetime.now(UTC).isoformat(timespec="seconds"), "seconds": clock.seconds}
+    return facts
