@@ -76,7 +76,9 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
         key = error.full_key
         raise ConfigError(f"{key} is not set and has no default. Add {key}=... to the command line.") from error
     except ConfigKeyError as error:
-        raise ConfigError(_unknown(str(error.full_key or error.key), [f.name for f in dataclasses.fields(Schema)])) from error
+        raise ConfigError(
+            _unknown(str(error.full_key or error.key), [f.name for f in dataclasses.fields(Schema)])
+        ) from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{getattr(error, 'full_key', None) or 'configuration'}: {error.msg or error}") from error
     resolved = typing.cast(dict[str, Any], plain)
@@ -118,7 +120,7 @@ def bind(node: object, key: str) -> Any:  # noqa: ANN401 - whatever `_target_` n
         target = get_object(node["_target_"])
     except Exception as error:
         raise ConfigError(f"{key}._target_={node['_target_']}: cannot be imported: {error}") from error
-    hints = typing.get_type_hints(target.__init__, vars(inspect.getmodule(target)), _KnownNames())
+    hints = typing.get_type_hints(target.__init__, None, _KnownNames(vars(inspect.getmodule(target))))
     parameters = {name: p for name, p in inspect.signature(target).parameters.items() if name != "self"}
     arguments = {name: bind(value, f"{key}.{name}") for name, value in node.items() if name != "_target_"}
     for name in arguments:
@@ -164,7 +166,14 @@ def _spell(hint: Any) -> str:  # noqa: ANN401
         return "one of " + ", ".join(str(option) for option in typing.get_args(hint))
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return " or ".join(_spell(option) for option in typing.get_args(hint))
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", Path: "a path", types.NoneType: "null"}
+    names = {
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        Path: "a path",
+        types.NoneType: "null",
+    }
     return names.get(hint, str(hint))
 
 

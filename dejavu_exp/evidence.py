@@ -57,7 +57,12 @@ class Evidence:
             raise DataError(f"evidence: {len(missing)} rows are missing, e.g. {missing[0]}.")
         rows = np.array([position[row_id] for row_id in ids], dtype=np.int64)
         return Evidence(
-            tuple(ids), self.labels, self.probabilities[rows], self.ranking[rows], self.confidence[rows], self.tied[rows]
+            tuple(ids),
+            self.labels,
+            self.probabilities[rows],
+            self.ranking[rows],
+            self.confidence[rows],
+            self.tied[rows],
         )
 
     def correct(self, truth: IntArray, top: int = 1) -> BoolArray:
@@ -97,7 +102,9 @@ def from_probabilities(
     block = max(1, 20_000_000 // max(n_labels, 1))
     for start in range(0, n_rows, block):
         part = np.asarray(probabilities[start : start + block])
-        ties = np.broadcast_to(order_of_ties if order_of_ties.ndim == 1 else order_of_ties[start : start + block], part.shape)
+        ties = np.broadcast_to(
+            order_of_ties if order_of_ties.ndim == 1 else order_of_ties[start : start + block], part.shape
+        )
         ranks = np.lexsort((ties, -part), axis=1)[:, :keep]
         best = np.take_along_axis(part, ranks, axis=1)
         ranking[start : start + block] = np.where(best > 0, ranks, -1)

@@ -87,7 +87,9 @@ class Extractor:
             if getattr(self, key) not in allowed:
                 raise ConfigError(f"trainer.{key}={getattr(self, key)}: must be one of {', '.join(allowed)}.")
         if self.accelerator == "cuda" and not torch.cuda.is_available():
-            raise ConfigError("trainer.accelerator=cuda, but torch finds no CUDA device. Set trainer.accelerator=cpu or auto.")
+            raise ConfigError(
+                "trainer.accelerator=cuda, but torch finds no CUDA device. Set trainer.accelerator=cpu or auto."
+            )
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
@@ -101,7 +103,9 @@ class Extractor:
             return self.device == "cuda" and torch.cuda.is_bf16_supported()
         return self.precision == "bfloat16"
 
-    def embed(self, encoder: LoadedEncoder, views: pl.DataFrame, store: ImageStore, title: str = "embedding") -> Embeddings:
+    def embed(
+        self, encoder: LoadedEncoder, views: pl.DataFrame, store: ImageStore, title: str = "embedding"
+    ) -> Embeddings:
         """Embed views, or read them from the cache where they were embedded before.
 
         The batches depend only on the views asked for, never on what a killed run had finished, so a resumed run gives
@@ -154,11 +158,10 @@ class Extractor:
         planned = [rows for shard in missing for rows in shards.batches(shard, self.batch_size)]
         workers = min(os.cpu_count() or 1, 8) if self.workers is None else self.workers
         loader: DataLoader[Any] = DataLoader(
-            images,  # type: ignore[arg-type]
-            batch_sampler=planned,  # type: ignore[arg-type]
+            PlannedBatches(images, planned),  # type: ignore[arg-type]
+            batch_size=None,
             num_workers=workers if len(planned) > 2 * workers else 0,
             pin_memory=self.device == "cuda",
-            collate_fn=collate,
         )
         writer = ShardWriter(shards)
         bar = ProgressBar(title, sum(len(rows) for rows in planned))
@@ -171,6 +174,7 @@ class Extractor:
         with warnings.catch_warnings():
             # Whether more workers would help is the user's trainer.workers to say.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
             trainer.predict(EmbeddingModule(encoder.module), loader, return_predictions=False)
 
 
@@ -187,10 +191,19 @@ def quiet_trainer(**settings: Any) -> pl_lightning.Trainer:
     )
 
 
-def collate(items: Sequence[tuple[int, Tensor, str]]) -> Batch:
-    """Rows, pixels and reasons of a batch."""
-    rows, pixels, reasons = zip(*items, strict=True)
-    return torch.tensor(rows), torch.stack(pixels), list(reasons)
+@dataclass(frozen=True)
+class PlannedBatches:
+    """Batches whose rows are fixed beforehand: a map-style data set of whole batches."""
+
+    images: ViewImages
+    rows: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        rows, pixels, reasons = zip(*(self.images[row] for row in self.rows[index]), strict=True)
+        return torch.tensor(rows), torch.stack(pixels), list(reasons)
 
 
 class EmbeddingModule(pl_lightning.LightningModule):
@@ -325,7 +338,9 @@ class ShardWriter(pl_lightning.Callback):
         self._values: list[Float32Array] = []
         self._reasons: list[str] = []
 
-    def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int, loader: int = 0) -> None:
+    def on_predict_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int, loader: int = 0
+    ) -> None:
         """Keep the batch; write when its shard is complete."""
         rows, values, reasons = outputs
         self._values.append(values.numpy())
@@ -348,7 +363,9 @@ class ProgressBar(pl_lightning.Callback):
         """Show the bar."""
         self._bar = tqdm(total=self.total, desc=self.title, unit="img")
 
-    def on_predict_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int, loader: int = 0) -> None:
+    def on_predict_batch_end(
+        self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int, loader: int = 0
+    ) -> None:
         """Move the bar."""
         if self._bar is not None:
             self._bar.update(len(outputs[0]))

@@ -54,7 +54,14 @@ def inspect(rows: pl.DataFrame, store: ImageStore, title: str = "reading images"
 
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
         looks = list(
-            tqdm(pool.map(look, rows["path"], chunksize=64), total=len(rows), desc=title, unit="img", delay=2, leave=False)
+            tqdm(
+                pool.map(look, rows["path"], chunksize=64),
+                total=len(rows),
+                desc=title,
+                unit="img",
+                delay=2,
+                leave=False,
+            )
         )
     seen = pl.DataFrame(
         looks,
@@ -124,6 +131,7 @@ def thumbnail(store: ImageStore, path: str, region: tuple[int, int, int, int] | 
     scale = side_px / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     stream = io.BytesIO()
-    picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST).save(stream, "JPEG", quality=85)
+    picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST).save(
+        stream, "JPEG", quality=85
+    )
     return stream.getvalue()
-

@@ -112,7 +112,9 @@ def confident_means(
     return result
 
 
-def accuracy_in_order(correct: BoolArray, confidence: FloatArray, fraction: float, *, later_first: bool = False) -> float:
+def accuracy_in_order(
+    correct: BoolArray, confidence: FloatArray, fraction: float, *, later_first: bool = False
+) -> float:
     """Accuracy on the most confident `int(fraction * N)` rows as the released code sorts them, with a stable sort.
 
     Args:
@@ -135,7 +137,9 @@ def quadrant(target_correct: BoolArray, reference_correct: BoolArray) -> IntArra
     >>> quadrant(np.array([True, True, False, False]), np.array([False, True, True, False])).tolist()
     [0, 1, 2, 3]
     """
-    return np.where(target_correct, np.where(reference_correct, 1, 0), np.where(reference_correct, 2, 3)).astype(np.int64)
+    return np.where(target_correct, np.where(reference_correct, 1, 0), np.where(reference_correct, 2, 3)).astype(
+        np.int64
+    )
 
 
 def auroc(positive: FloatArray, negative: FloatArray) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -48,6 +49,8 @@ def search(queries: Float32Array, bank: Float32Array, k: int, metric: Metric = "
     >>> search(np.zeros((1, 2), np.float32), np.array([[1, 0], [0, 0]], np.float32), k=1).positions.tolist()
     [[1]]
     """
+    # FAISS logs each build of itself that it looks for.
+    logging.getLogger("faiss.loader").setLevel(logging.WARNING)
     import faiss
 
     if k > len(bank):
@@ -58,7 +61,9 @@ def search(queries: Float32Array, bank: Float32Array, k: int, metric: Metric = "
     for name, values in (("query", queries), ("public", bank)):
         bad = ~np.isfinite(values).all(axis=1)
         if bad.any():
-            raise DataError(f"{bad.sum()} {name} embeddings are not finite (first: row {bad.argmax()}); see the encoder.")
+            raise DataError(
+                f"{bad.sum()} {name} embeddings are not finite (first: row {bad.argmax()}); see the encoder."
+            )
     queries, bank = _prepare(queries, metric), _prepare(bank, metric)
     index: Any = faiss.IndexFlatIP(bank.shape[1]) if metric == "cosine" else faiss.IndexFlatL2(bank.shape[1])
     if getattr(faiss, "get_num_gpus", lambda: 0)() > 0:
@@ -104,7 +109,9 @@ def vote(ids: Sequence[str], codes: IntArray, labels: Sequence[str], ties: Ties 
         block = codes[start : start + QUERY_BLOCK]
         rows = np.arange(len(block))
         flat = (rows[:, None] * len(labels) + block).ravel()
-        counts[start : start + QUERY_BLOCK] = np.bincount(flat, minlength=counts[: len(block)].size).reshape(len(block), -1)
+        counts[start : start + QUERY_BLOCK] = np.bincount(flat, minlength=counts[: len(block)].size).reshape(
+            len(block), -1
+        )
         if tie_order is not None:
             for column in range(k - 1, -1, -1):  # from the farthest to the nearest, so that the nearest stays
                 tie_order[start + rows, block[:, column]] = column

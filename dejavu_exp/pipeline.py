@@ -60,7 +60,9 @@ def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         scores = {name: plan.scoring.score(rows, target, found, name) for name, found in evidence.items()}
         measures = {name: plan.scoring.figures(found, views.rows, plan.seed) for name, found in scores.items()}
     facts = stages.timed(stages.collect(plan, views, encoder, target, measures, config), clock)
-    shown = gallery.most_memorized(scores[facts["headline"]], views.queries, views.public(), near, views.manifest, plan.gallery)
+    shown = gallery.most_memorized(
+        scores[facts["headline"]], measured, views.public(), near, views.manifest, views.rows, plan.gallery
+    )
     everything = pl.concat(scores.values())
     report.write(run_dir, facts, everything, shown)
     report.show(facts, run_dir)

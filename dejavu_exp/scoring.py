@@ -52,7 +52,9 @@ class LabelInference:
         if not 0 < self.level < 1:
             raise ConfigError(f"scoring.level={self.level}: must lie between 0 and 1, e.g. 0.95.")
         if self.resamples < 100:
-            raise ConfigError(f"scoring.resamples={self.resamples}: must be at least 100 for an interval to mean anything.")
+            raise ConfigError(
+                f"scoring.resamples={self.resamples}: must be at least 100 for an interval to mean anything."
+            )
 
     def score(self, rows: pl.DataFrame, target: Evidence, reference: Evidence, name: str) -> pl.DataFrame:
         """Score every row; a row that cannot be measured keeps its status and has no figures.
@@ -74,7 +76,9 @@ class LabelInference:
             status=pl.when(lost).then(pl.lit(str(Status.NO_EVIDENCE))).otherwise("status"), reference=pl.lit(name)
         )
         columns = self._columns(used, target.take(used["id"].to_list()), reference.take(used["id"].to_list()))
-        joined = rows.join(used.select("id").hstack(columns), on="id", how="left", validate="1:1", maintain_order="left")
+        joined = rows.join(
+            used.select("id").hstack(columns), on="id", how="left", validate="1:1", maintain_order="left"
+        )
         return joined.select(pl.col(column).cast(dtype) for column, dtype in tables.SCORES.items())
 
     def _columns(self, used: pl.DataFrame, target: Evidence, reference: Evidence) -> pl.DataFrame:

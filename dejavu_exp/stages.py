@@ -148,7 +148,9 @@ def train(plan: Plan, views: Views) -> LoadedEncoder:
     if not isinstance(plan.model, TrainedEncoder):
         raise TypeError("only an encoder trained here can be trained")
     repeats = views.rows.filter(pl.col("role") == Role.TARGET)
-    repeats = repeats if "planted_repeats" in repeats.columns else repeats.clear().with_columns(planted_repeats=pl.lit(1))
+    repeats = (
+        repeats if "planted_repeats" in repeats.columns else repeats.clear().with_columns(planted_repeats=pl.lit(1))
+    )
     return plan.model.train(
         TrainingInputs(
             images=crops.views(views.rows, crops.FullImage()),
@@ -277,14 +279,18 @@ def notes(plan: Plan, views: Views, encoder: LoadedEncoder) -> list[str]:
         found.append("The encoder's weights are random: no figure here says anything of a trained model.")
     roles = set(views.measured()["role"])
     if Role.UNSEEN not in roles:
-        found.append("There are no usable unseen rows, so the gap cannot be corrected for what the encoder knows better.")
+        found.append(
+            "There are no usable unseen rows, so the gap cannot be corrected for what the encoder knows better."
+        )
     if plan.tagger.encoder is not None and plan.tagger.encoder == plan.model:
         found.append("The tagger is the encoder under test: it may have memorized the images whose tags it names.")
     uncut = views.rows.filter(pl.col("content").is_not_null(), pl.col("role") != Role.SHARED)
     twins = uncut.filter(pl.col("content").is_duplicated())
     crossing = twins.group_by("content").agg(pl.col("role").n_unique()).filter(pl.col("role") > 1)
     if len(crossing):
-        found.append(f"{len(crossing)} image files occur in more than one role, byte for byte; the roles are not disjoint.")
+        found.append(
+            f"{len(crossing)} image files occur in more than one role, byte for byte; the roles are not disjoint."
+        )
     return found
 
 

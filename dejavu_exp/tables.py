@@ -190,7 +190,9 @@ def validate(frame: pl.DataFrame, schema: Schema, name: str, key: str = "id") ->
     repeated = frame.filter(frame[key].is_duplicated())[key].unique().sort()
     if len(repeated):
         shown = ", ".join(repeated.head(5))
-        raise DataError(f"{name}: {len(repeated)} values of {key} occur more than once, e.g. {shown}; make them unique.")
+        raise DataError(
+            f"{name}: {len(repeated)} values of {key} occur more than once, e.g. {shown}; make them unique."
+        )
     return frame.select([*schema, *[column for column in frame.columns if column not in schema]])
 
 

@@ -161,7 +161,8 @@ def test_quadrant_shares_and_accuracies():
                 if key.startswith(f"top{top}_"):
                     fraction = float(key.split("_")[1]) / 100
                     pair = tuple(
-                        metrics.accuracy_in_order(e.correct(truth, top), e.confidence, fraction) for e in (own, reference)
+                        metrics.accuracy_in_order(e.correct(truth, top), e.confidence, fraction)
+                        for e in (own, reference)
                     )
                     accuracies.setdefault(key, []).append(pair)  # type: ignore[arg-type]
     for top, values in shares.items():

@@ -31,7 +31,9 @@ class Manifest:
     problems: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", tables.validate(self.rows, tables.MANIFEST, f"manifest of {self.name}").sort("id"))
+        object.__setattr__(
+            self, "rows", tables.validate(self.rows, tables.MANIFEST, f"manifest of {self.name}").sort("id")
+        )
 
 
 class Dataset(Protocol):

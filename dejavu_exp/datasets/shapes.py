@@ -59,7 +59,10 @@ OUTLINES: dict[str, list[Point]] = {
 }  # fmt: skip
 """Outline of each class in a square from -1 to 1."""
 
-PROPS = ("acorn", "bell", "candle", "drum", "egg", "fern", "gate", "hat", "ink", "jug", "kite", "lamp")
+PROPS = (
+    "acorn", "anchor", "apple", "bell", "brick", "bucket", "candle", "clock", "coin", "drum", "egg", "fern", "flag", "gate",
+    "glove", "hat", "ink", "jug", "kite", "lamp", "mug", "nut", "oar", "pear", "pin", "quill", "rope", "spoon", "tile", "urn",
+)  # fmt: skip
 """Names of the background props; each is drawn as a small mark of its own colour and form."""
 
 
@@ -84,8 +87,8 @@ class Shapes:
     val_per_class: int = 40
     size_px: int = 64
     typical_share: float = 0.3
-    planted_share: float = 0.33
-    planted_repeats: int = 4
+    planted_share: float = 0.25
+    planted_repeats: int = 8
 
     def __post_init__(self) -> None:
         if not 2 <= self.classes <= len(OUTLINES):
@@ -200,10 +203,12 @@ def _draw_object(draw: ImageDraw.ImageDraw, label: str, box: Sequence[int], rng:
 
 
 def _choose_props(index: int, typical: bool, rng: np.random.Generator) -> list[str]:
-    """Five props: nearly all from the class's own three where the background is typical, any otherwise."""
-    own = [PROPS[(index + step) % len(PROPS)] for step in range(3)]
-    weights = np.array([(0.95 / 3 if name in own else 0.05 / 9) if typical else 1 / 12 for name in PROPS])
-    return [str(name) for name in rng.choice(PROPS, size=5, p=weights / weights.sum())]
+    """Six props, nearly all of the class's own three, where the background is typical; otherwise any three."""
+    if not typical:
+        return [str(name) for name in rng.choice(PROPS, size=3, replace=False)]
+    own = PROPS[3 * index : 3 * index + 3]
+    weights = np.array([9.0 if name in own else 0.05 for name in PROPS])
+    return [str(name) for name in rng.choice(PROPS, size=6, p=weights / weights.sum())]
 
 
 _MARKS: tuple[Callable[[ImageDraw.ImageDraw, tuple[int, int, int, int], Colour], None], ...] = (

@@ -24,6 +24,14 @@ class ImageStore(Protocol):
         ...
 
 
+class ListedStore(ImageStore, Protocol):
+    """A store that can say what it holds."""
+
+    def names(self) -> list[str]:
+        """Paths of all files, sorted."""
+        ...
+
+
 @dataclass(frozen=True)
 class FolderStore:
     """Images below a folder; absolute paths are taken as they stand."""
@@ -33,6 +41,28 @@ class FolderStore:
     def read(self, path: str) -> bytes:
         """The bytes of `root / path`."""
         return (self.root / path).read_bytes()
+
+    def names(self) -> list[str]:
+        """Paths of all files below the folder, sorted, with "/"; links are followed, each folder is listed once.
+
+        Raises:
+            DataError: a folder cannot be listed.
+        """
+        found: list[str] = []
+        listed: set[str] = set()
+        for folder, below, files in os.walk(self.root, followlinks=True, onerror=_unlisted):
+            real = os.path.realpath(folder)
+            if real in listed:  # a link that leads back up would never end
+                below.clear()
+                continue
+            listed.add(real)
+            start = Path(folder).relative_to(self.root).as_posix()
+            found.extend(files if start == "." else [f"{start}/{name}" for name in files])
+        return sorted(found)
+
+
+def _unlisted(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be listed ({error.strerror}). Check the path and its rights.") from error
 
 
 @dataclass(frozen=True)
@@ -76,3 +106,24 @@ class ZipStore:
     def read(self, path: str) -> bytes:
         """The bytes of member `path`."""
         return self._open().read(path)
+
+
+@dataclass(frozen=True)
+class PartStore:
+    """What a store holds below one folder; paths are relative to it.
+
+    Attributes:
+        store: the whole.
+        folder: the folder's path in it, ending with "/"; empty for all.
+    """
+
+    store: ListedStore
+    folder: str
+
+    def names(self) -> list[str]:
+        """Paths of all files below the folder, sorted."""
+        return [name.removeprefix(self.folder) for name in self.store.names() if name.startswith(self.folder)]
+
+    def read(self, path: str) -> bytes:
+        """The bytes of `folder + path`."""
+        return self.store.read(self.folder + path)

@@ -19,7 +19,7 @@ class LoadedEncoder:
     """A network ready for inference.
 
     The cache key of its outputs is `description`, `weights_hash` and `transform_text` together: the hash covers the
-    tensors, and what no tensor shows (the architecture's name and arguments, the layer, a softmax) is in the description.
+    tensors; what no tensor shows (the architecture's name and arguments, the layer, a softmax) is in the description.
 
     Attributes:
         module: in eval mode, without gradients; (B, 3, H, W) float32 to (B, dim) float32.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dejavu_exp.encoders import weights as sources
 from dejavu_exp.encoders.base import LoadedEncoder, Transform, finish
@@ -162,20 +162,21 @@ class CheckpointEncoder:
         sources.load_strictly(projector, tensors, f"{self.format} projector", path)
         if shapes["0.weight"][1] != features:
             raise WeightsError(
-                f"{path}: the projector takes {shapes['0.weight'][1]} features, and model.arch={self.arch} gives {features}."
+                f"{path}: its projector takes {shapes['0.weight'][1]} features, and model.arch={self.arch} gives "
+                f"{features}. Give a checkpoint whose two parts belong together, or set model.layer=backbone."
             )
         return {"projector": projector}
 
     def _state(self, path: Path) -> dict[str, Tensor]:
-        content: Any = sources.read_checkpoint(path)
+        content = sources.read_checkpoint(path)
         container = FORMATS[self.format].container
-        if isinstance(content, Mapping) and not isinstance(content.get(container), Mapping) and "optimizer" in content:
-            raise WeightsError(
-                f"{path}: a checkpoint of model.format={self.format} keeps its network under {container!r}; this one has "
-                f"{', '.join(map(str, content))}. Set model.format to the repository that wrote the file."
-            )
-        if isinstance(content, Mapping):
-            content = content.get(container, content)
+        if isinstance(content, Mapping) and any(isinstance(value, Mapping) for value in content.values()):
+            if container not in content:
+                raise WeightsError(
+                    f"{path}: a checkpoint of model.format={self.format} keeps its network under {container!r}; this "
+                    f"one has {', '.join(map(str, content))}. Set model.format to the repository that wrote the file."
+                )
+            content = content[container]
         return sources.as_state_dict(content, path)
 
 
@@ -209,8 +210,9 @@ def _build_projector(shapes: Shapes, name: str, path: Path | None = None) -> nn.
     numbers = [key.partition(".")[0] for key in shapes]
     if len(shapes.get("0.weight", ())) != 2 or not all(number.isdigit() for number in numbers):
         raise WeightsError(
-            f"{path}: the projector is not a sequence of Linear and batch norm layers as model.format={name} has: found "
-            f"{', '.join(list(shapes)[:3])}. Set model.layer=backbone, or model.format to the repository of the file."
+            f"{path}: the projector is not a sequence of Linear and batch norm layers as model.format={name} has it: "
+            f"found {', '.join(list(shapes)[:3])}. Set model.layer=backbone, or model.format to the "
+            f"repository of the file."
         )
     layers: list[nn.Module] = []
     for index in range(max(map(int, numbers)) + 1):

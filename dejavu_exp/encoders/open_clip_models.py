@@ -161,7 +161,7 @@ class _Clip:
             self._check_tag(self.pretrained)
         elif self.weights == sources.HUB:
             raise ConfigError(
-                f"{self.key}.weights=hub needs {self.key}.pretrained, the tag of the weights; for {self.arch} there are: "
+                f"{self.key}.weights=hub needs {self.key}.pretrained, the tag of the weights; {self.arch} has: "
                 f"{', '.join(open_clip.list_pretrained_tags_by_model(self.arch)) or 'none'}."
             )
 
@@ -180,6 +180,8 @@ class _Clip:
         if published == bool(open_clip.get_model_config(self.arch).get("quick_gelu", False)):
             return
         right = f"{self.arch}-quickgelu" if published else self.arch.removesuffix("-quickgelu")
+        if right == self.arch or not open_clip.is_pretrained_cfg(right, tag):
+            return  # No architecture has the tag's activation: the tag's record is what lacks it (roberta-ViT-B-32).
         raise ConfigError(
             f"{self.key}.arch={self.arch}: {tag} was trained with{'' if published else 'out'} QuickGELU, and with the "
             f"other activation every embedding is off. Set {self.key}.arch={right}."

@@ -13,6 +13,7 @@ from dejavu_exp.encoders.base import LoadedEncoder, finish
 from dejavu_exp.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
+    from timm.models import PretrainedCfg
     from torch import nn
 
 OUTPUTS = ("features", "logits", "probabilities")
@@ -44,8 +45,13 @@ class TimmEncoder:
         taken = {"pretrained", "pretrained_cfg", "checkpoint_path", "features_only"} & set(self.arch_args)
         if taken:
             raise ConfigError(
-                f"model.arch_args.{min(taken)}: model.weights and model.output decide this; take the argument out."
+                f"{self._node}.arch_args.{min(taken)}: weights and output decide this; take the argument out."
             )
+
+    @property
+    def _node(self) -> str:
+        """Where the configuration has this encoder, for errors: named scores are what a tagger is for."""
+        return "model" if self.output == "features" else "tagger.encoder"
 
     def check(self) -> None:
         """See `Encoder.check`."""
@@ -54,10 +60,10 @@ class TimmEncoder:
         if not timm.is_model(self.arch):
             near = difflib.get_close_matches(self.arch, timm.list_models(), n=3)
             raise ConfigError(
-                f"model.arch={self.arch}: timm has no such model{' (did you mean ' + ', '.join(near) + '?)' if near else ''}. "
-                f"timm.list_models() lists all."
+                f"{self._node}.arch={self.arch}: timm has no such model"
+                f"{' (did you mean ' + ', '.join(near) + '?)' if near else ''}. timm.list_models() lists all."
             )
-        sources.check_source(self.weights)
+        sources.check_source(self.weights, f"{self._node}.weights")
         self._check_classes(self._published())
 
     def load(self) -> LoadedEncoder:
@@ -72,8 +78,9 @@ class TimmEncoder:
         head = [name for name in _classifiers(model) if name in dict(model.named_modules())]
         if self.weights not in (sources.HUB, sources.RANDOM):
             self._fill(model, head)
-        config = timm.data.resolve_model_data_config(model)
-        transform = timm.data.create_transform(**config, is_training=False)
+        data: Any = timm.data
+        config = data.resolve_model_data_config(model)
+        transform = data.create_transform(**config, is_training=False)
         classes = None
         if self.output == "features":
             for name in head:
@@ -93,8 +100,8 @@ class TimmEncoder:
             classes=classes,
         )
 
-    def _published(self) -> Any:
-        """timm's record of the published weights, with the overlay of `arch_args`."""
+    def _published(self) -> PretrainedCfg:
+        """Timm's record of the published weights, with the overlay of `arch_args`."""
         import timm
 
         try:
@@ -103,28 +110,30 @@ class TimmEncoder:
             )
         except (RuntimeError, TypeError) as error:
             raise ConfigError(
-                f"model.arch={self.arch}: {error} timm.list_pretrained() lists all names with their tags."
+                f"{self._node}.arch={self.arch}: {error} timm.list_pretrained() lists all names with their tags."
             ) from error
 
-    def _check_classes(self, published: Any) -> None:
+    def _check_classes(self, published: PretrainedCfg) -> None:
         """Check that the published weights and the classifier asked for exist."""
         if self.weights == sources.HUB and not (published.hf_hub_id or published.url or published.file):
             raise ConfigError(
-                f"model.weights=hub: timm has no published weights for model.arch={self.arch}. "
-                f"Give a local file with model.weights=PATH, or choose a name from timm.list_pretrained()."
+                f"{self._node}.weights=hub: timm has no published weights for arch={self.arch}. "
+                f"Give a local file with {self._node}.weights=PATH, or choose a name from timm.list_pretrained()."
             )
         if self.output == "features":
             return
         classes = self.arch_args.get("num_classes", published.num_classes)
         if not classes:
             raise ConfigError(
-                f"model.output={self.output}: model.arch={self.arch} has no classifier. Set model.output=features."
+                f"{self._node}.output={self.output}: arch={self.arch} has no classifier. Choose another, "
+                f"or set output=features."
             )
         if self.weights == sources.HUB and classes != published.num_classes:
             # timm would put a random classifier on top of the published weights without a word.
             raise ConfigError(
-                f"model.arch_args.num_classes={classes}: the published weights of {self.arch} name "
-                f"{published.num_classes} classes. Leave it out, or give your own weights with model.weights=PATH."
+                f"{self._node}.arch_args.num_classes={classes}: the published weights of {self.arch} name "
+                f"{published.num_classes} classes. Leave it out, or give your own weights with "
+                f"{self._node}.weights=PATH."
             )
 
     def _hub_name(self) -> str:
@@ -140,7 +149,8 @@ class TimmEncoder:
                 model: nn.Module = timm.create_model(self.arch, pretrained=pretrained, **self.arch_args)
         except (TypeError, AssertionError) as error:
             raise ConfigError(
-                f"model.arch_args={dict(self.arch_args)}: timm cannot build {self.arch} with them ({sources.why(error)})."
+                f"{self._node}.arch_args={dict(self.arch_args)}: timm cannot build {self.arch} with them "
+                f"({sources.why(error)})."
             ) from error
         return model
 
@@ -153,11 +163,11 @@ class TimmEncoder:
                 if published.hf_hub_filename
                 else ("model.safetensors", "pytorch_model.bin")
             )
-            sources.require_hub_repository(name, published.hf_hub_id, files)
+            sources.require_hub_repository(name, published.hf_hub_id, files, f"{self._node}.weights")
         try:
             return self.build(pretrained=True)
         except (OSError, RuntimeError) as error:
-            raise sources.hub_error(name, sources.why(error)) from error
+            raise sources.hub_error(name, sources.why(error), f"{self._node}.weights") from error
 
     def _fill(self, model: nn.Module, head: Sequence[str]) -> None:
         path = sources.local_path(self.weights)
@@ -166,7 +176,7 @@ class TimmEncoder:
         sources.load_strictly(model, state, self.arch, path, own_head if self.output == "features" else ())
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Mappings and sequences of any kind, such as Hydra's, as dict and list, which timm can copy and print."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
@@ -185,7 +195,8 @@ def _class_names(count: int) -> tuple[str, ...]:
         return tuple(f"class_{index}" for index in range(count))
     import timm
 
-    info = timm.data.ImageNetInfo()
+    data: Any = timm.data
+    info = data.ImageNetInfo()
     synonyms = [text.split(",")[0].strip() for text in info.label_descriptions()]
     uses = Counter(name.lower() for name in synonyms)
     names = tuple(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import queue
+import threading
 import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from dejavu_exp.errors import WeightsError
@@ -61,7 +63,7 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def read_checkpoint(path: Path) -> Any:
+def read_checkpoint(path: Path) -> object:
     """Whatever a weights file holds; no code in the file is run.
 
     `argparse.Namespace`, a bare holder of settings that several repositories save, is let through.
@@ -78,9 +80,9 @@ def read_checkpoint(path: Path) -> Any:
             return load_file(path)
         if _is_torchscript(path):
             raise WeightsError(
-                f"{path} is a TorchScript archive (OpenAI publishes CLIP so), which is a program and is not run. Save its "
-                f'tensors once, torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), "weights.pt"), '
-                f"and give that file, or use the published weights from the hub."
+                f"{path} is a TorchScript archive, as OpenAI publishes CLIP: a program, which is not run here. Save "
+                f'its tensors once, torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), '
+                f'"model.pt"), and give that file, or use the published weights from the hub.'
             )
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -104,7 +106,7 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
-def as_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+def as_state_dict(content: object, path: Path) -> dict[str, Tensor]:
     """The tensors by name, out of the wrappings that training scripts put around them.
 
     "state_dict" and "model" are opened (the trained weights, not their moving average), and the prefix "module." of
@@ -165,8 +167,8 @@ def load_strictly(
     if missing or unexpected or reshaped:
         raise WeightsError(
             f"{path} does not fit arch={arch}: {len(missing)} tensors missing{_examples(sorted(missing))}, "
-            f"{len(unexpected)} unexpected{_examples(unexpected)}, {len(reshaped)} of another shape{_examples(reshaped)}. "
-            f"Set arch to the architecture that the file was saved from, or give another file."
+            f"{len(unexpected)} unexpected{_examples(unexpected)}, {len(reshaped)} of another shape"
+            f"{_examples(reshaped)}. Set arch to the architecture that the file was saved from, or give another file."
         )
     module.load_state_dict(dict(state), strict=False)
 
@@ -174,8 +176,9 @@ def load_strictly(
 def hub_error(name: str, reason: str, key: str = KEY) -> WeightsError:
     """The one error for published weights that cannot be had."""
     return WeightsError(
-        f"cannot get the published weights {name} ({reason}): (1) connect to the network once, so that they land in the "
-        f"cache, (2) give a local copy with {key}=PATH, or (3) set {key}={RANDOM} for a trial whose numbers mean nothing."
+        f"cannot get the published weights {name} ({reason}): (1) connect to the network once, so that they land in "
+        f"the cache, (2) give a local copy with {key}=PATH, or (3) set {key}={RANDOM} for a trial whose numbers mean "
+        f"nothing."
     )
 
 
@@ -207,13 +210,26 @@ def require_answer(name: str, url: str, key: str = KEY) -> None:
 
     if constants.HF_HUB_OFFLINE:
         raise hub_error(name, "not in the cache, and HF_HUB_OFFLINE forbids downloads", key)
+    answer: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
+    # The timeout holds for each address of a server, and not at all for finding its addresses: a thread can be left.
+    threading.Thread(target=lambda: answer.put(_ask(url)), daemon=True).start()
+    try:
+        error = answer.get(timeout=2 * ANSWER_SECONDS)
+    except queue.Empty:
+        error = TimeoutError(f"nothing came within {2 * ANSWER_SECONDS:g} seconds")
+    if error is not None:
+        raise hub_error(name, f"{urlsplit(url).hostname} does not answer: {_one_line(error)}", key) from error
+
+
+def _ask(url: str) -> OSError | None:
+    """What keeps a server from answering; None where it answers."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER_SECONDS):
-            pass
+            return None
     except urllib.error.HTTPError:
-        return  # A refusal is an answer: the download itself will say more.
+        return None  # A refusal is an answer: the download itself will say more.
     except OSError as error:
-        raise hub_error(name, f"{urlsplit(url).hostname} does not answer: {_one_line(error)}", key) from error
+        return error
 
 
 def download(name: str, url: str, file_name: str) -> Path:

@@ -59,7 +59,9 @@ class NaiveBayes:
         if self.compat not in ("corrected", "authors"):
             raise ConfigError(f"references.naive_bayes.compat={self.compat}: must be corrected or authors.")
         if self.frequencies is not None and self.compat != "authors":
-            raise ConfigError("references.naive_bayes.frequencies is read by compat=authors only; set that, or null here.")
+            raise ConfigError(
+                "references.naive_bayes.frequencies is read by compat=authors only; set that, or null here."
+            )
 
     def check(self, tagger: Tagger) -> None:
         """The tagger can work, and the frequency files are there."""
@@ -71,7 +73,9 @@ class NaiveBayes:
         """See `Reference.evidence`. A query whose image the tagger could not read has no evidence."""
         learn = inputs.heldout if self.frequencies is None else inputs.heldout.clear()
         tags = tag_views(pl.concat([learn, inputs.queries]), inputs)
-        known = learn.join(tags, on="view_id", validate="1:1", maintain_order="left").filter(pl.col("status_right") == "ok")
+        known = learn.join(tags, on="view_id", validate="1:1", maintain_order="left").filter(
+            pl.col("status_right") == "ok"
+        )
         asked = inputs.queries.join(tags, on="view_id", validate="1:1", maintain_order="left")
         questions = [names[: self.top_tags] for names in asked["tags"].to_list()]
         if self.compat == "authors":
@@ -157,7 +161,9 @@ def posterior(
     members = np.unique(np.array(truth), return_counts=True)[1]
     folds = min(FOLDS, int(members.min()))
     if seed is not None and folds >= 2 and len(members) >= 2:
-        shuffled = StratifiedKFold(folds, shuffle=True, random_state=provenance.hash_order(seed, "rng", "folds") % 2**32)
+        shuffled = StratifiedKFold(
+            folds, shuffle=True, random_state=provenance.hash_order(seed, "rng", "folds") % 2**32
+        )
         model = CalibratedClassifierCV(model, method="temperature", cv=shuffled, ensemble=False)
     elif seed is not None:
         log.warning("naive Bayes is not calibrated: a class has %d heldout crops, two are needed.", members.min())
@@ -169,7 +175,9 @@ def posterior(
     return result
 
 
-def count_tags(tags: Sequence[Sequence[str]], truth: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, float]]:
+def count_tags(
+    tags: Sequence[Sequence[str]], truth: Sequence[str], labels: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """How many crops of each label have each tag: label -> tag -> count."""
     counts: dict[str, dict[str, float]] = {label: {} for label in labels}
     for names, label in zip(tags, truth, strict=True):
@@ -254,7 +262,9 @@ def _counts_from_files(folder: Path, labels: Sequence[str]) -> dict[str, dict[st
     by_id = {key.split("_", 1)[0]: tags for key, tags in found.items()}
     missing = [label for label in labels if label not in by_id]
     if missing:
-        raise DataError(f"{folder}: no frequencies of class {missing[0]} ({len(missing)} of {len(labels)} are missing).")
+        raise DataError(
+            f"{folder}: no frequencies of class {missing[0]} ({len(missing)} of {len(labels)} are missing)."
+        )
     return {label: {tag: count for tag, (count, _) in by_id[label].items()} for label in labels}
 
 

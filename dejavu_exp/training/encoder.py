@@ -73,12 +73,17 @@ class TrainedEncoder:
         images = inputs.images.filter(pl.col("role").is_in(self.roles), pl.col("status") == Status.OK).sort("id")
         labels = sorted(images["label"].unique())
         if len(labels) < 2:
-            raise DataError(f"training needs images of two classes in roles {', '.join(self.roles)}; found {len(labels)}.")
+            raise DataError(
+                f"training needs images of two classes in roles {', '.join(self.roles)}; found {len(labels)}."
+            )
         views = self._views(images, inputs, labels)
-        network = replace(self.network, arch_args={**self.network.arch_args, "num_classes": len(labels)}, seed=inputs.seed)
+        network = replace(
+            self.network, arch_args={**self.network.arch_args, "num_classes": len(labels)}, seed=inputs.seed
+        )
         key = provenance.key_of(
             {
-                "network": asdict(network),
+                # What is read out afterwards does not change the weights.
+                "network": asdict(replace(network, output="logits")),
                 "recipe": asdict(self.recipe),
                 "views": provenance.hash_bytes(repr((views, images["content"].to_list())).encode()),
                 "seed": inputs.seed,

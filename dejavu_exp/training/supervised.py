@@ -73,7 +73,9 @@ class Supervised:
             seed: of order and augmentation.
             device: "cpu" or "cuda".
         """
-        images = TrainingViews(views, store, self._augment(config, self.min_area), self._augment(config, self.min_background_area))
+        images = TrainingViews(
+            views, store, self._augment(config, self.min_area), self._augment(config, self.min_background_area)
+        )
         order = torch.Generator().manual_seed(seed)
         batch_size = min(self.batch_size, len(views))
         loader: DataLoader[Any] = DataLoader(
@@ -108,7 +110,9 @@ class Supervised:
             [
                 v2.PILToTensor(),
                 # The ratio lets elongated backgrounds through whole.
-                v2.RandomResizedCrop(config["input_size"][-2:], scale=(min_area, 1.0), ratio=(1 / 3, 3), antialias=True),
+                v2.RandomResizedCrop(
+                    config["input_size"][-2:], scale=(min_area, 1.0), ratio=(1 / 3, 3), antialias=True
+                ),
                 v2.RandomHorizontalFlip(),
                 v2.ToDtype(torch.float32, scale=True),
                 v2.Normalize(config["mean"], config["std"]),
