@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dejavu_exp import provenance, tables
+from dejavu_exp import progress, provenance, tables
 from dejavu_exp.datasets.stores import ImageStore
+from dejavu_exp.devices import quiet_trainer
 from dejavu_exp.encoders import LoadedEncoder
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.images import ViewImages
@@ -165,30 +165,8 @@ class Extractor:
         )
         writer = ShardWriter(shards)
         bar = ProgressBar(title, sum(len(rows) for rows in planned))
-        trainer = quiet_trainer(
-            accelerator="gpu" if self.device == "cuda" else "cpu",
-            devices=1,
-            precision="bf16-mixed" if self.autocast else "32-true",
-            callbacks=[writer, bar],
-        )
-        with warnings.catch_warnings():
-            # Whether more workers would help is the user's trainer.workers to say.
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        with quiet_trainer(self.device, writer, bar, bfloat16=self.autocast) as trainer:
             trainer.predict(EmbeddingModule(encoder.module), loader, return_predictions=False)
-
-
-def quiet_trainer(**settings: Any) -> pl_lightning.Trainer:
-    """A Lightning trainer that writes neither logs nor checkpoints nor banners: tables and caches are ours to write."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    return pl_lightning.Trainer(
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        **settings,
-    )
 
 
 @dataclass(frozen=True)
@@ -361,7 +339,7 @@ class ProgressBar(pl_lightning.Callback):
 
     def on_predict_start(self, trainer: Any, module: Any) -> None:
         """Show the bar."""
-        self._bar = tqdm(total=self.total, desc=self.title, unit="img")
+        self._bar = progress.bar(self.title, self.total)
 
     def on_predict_batch_end(
         self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int, loader: int = 0

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 from PIL import Image, UnidentifiedImageError
-from tqdm import tqdm
 
-from dejavu_exp import provenance
+from dejavu_exp import progress, provenance
 from dejavu_exp.datasets.stores import ImageStore
 from dejavu_exp.errors import DataError
 from dejavu_exp.tables import Status
@@ -53,16 +52,11 @@ def inspect(rows: pl.DataFrame, store: ImageStore, title: str = "reading images"
             return None, None, None, f"{path}: {error}"
 
     with ThreadPoolExecutor(min(16, 4 * (os.cpu_count() or 1))) as pool:
-        looks = list(
-            tqdm(
-                pool.map(look, rows["path"], chunksize=64),
-                total=len(rows),
-                desc=title,
-                unit="img",
-                delay=2,
-                leave=False,
-            )
-        )
+        looks = []
+        with progress.bar(title, len(rows), delay=2) as bar:
+            for found in pool.map(look, rows["path"], chunksize=64):
+                looks.append(found)
+                bar.update()
     seen = pl.DataFrame(
         looks,
         schema={"content": pl.String, "width": pl.Int32, "height": pl.Int32, "reason": pl.String},

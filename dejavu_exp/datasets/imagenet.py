@@ -47,14 +47,14 @@ _NO_CLASS = re.compile(r"train(ing)?|val(idation)?|.*bbox.*|annotations?|cls-loc
 class Imagenet:
     """Origins train and val of an ImageNet folder, with the boxes of its localization task.
 
-    Images: `train/<class>/*.JPEG`, `val/<class>/*.JPEG`, or, as the val archive unpacks, `val/*.JPEG`: the XML names the
-    class then. Ids are these paths. (.jpg, .jpeg and .png in any case are taken.)
+    Images: `train/<class>/*.JPEG` and `val/<class>/*.JPEG`, or `val/*.JPEG` as the val archive unpacks: then the XML
+    names the class. Ids are these paths. Endings .jpg, .jpeg and .png in any case are taken.
 
-    Boxes: all .xml files below `boxes`, at any depth. One belongs to the image of the same stem and class, its class being
-    the name of its folder; in folders named train, val, Annotation(s), CLS-LOC, boxes or *bbox*, the stem alone decides.
-    It is of origin val where a folder above is called val (or bbox_val and the like) or its name begins with
+    Boxes: all .xml files below `boxes`, at any depth. One belongs to the image of the same stem and class, its class
+    being the name of its folder; in a folder called train, val, Annotation(s), CLS-LOC, boxes or *bbox* the stem alone
+    decides. It is of origin val where a folder above is called val, bbox_val and the like, or its name begins with
     ILSVRC2012_val_. So these are taken: train/<class>/, bbox_train/<class>/, Annotation/<class>/, <class>/, val/,
-    bbox_val/, val/<class>/ and their combinations.
+    bbox_val/, and their combinations; val/<class>/ where the val images are in class folders too.
 
     All boxes of an image count, whatever object they name, since a background crop must avoid them all. Coordinates are
     taken as they stand, with upper ends exclusive.
@@ -173,8 +173,8 @@ def _notes(images: Sequence[_Image], files: Mapping[_Key, str], boxes: Path, pro
     wanted = [name for name in found if name is not None]
     if not wanted:
         raise DataError(
-            f"dataset.boxes={boxes}: none of its {len(files)} XML files, e.g. {next(iter(files.values()))}, belongs to an "
-            f"image, e.g. {images[0].path}; expected {BOXES_LAYOUT}."
+            f"dataset.boxes={boxes}: none of its {len(files)} XML files, e.g. {next(iter(files.values()))}, belongs to "
+            f"an image, e.g. {images[0].path}; expected {BOXES_LAYOUT}."
         )
     for origin in sorted({image.key.origin for image in images}):
         if not any(name for name, image in zip(found, images, strict=True) if image.key.origin == origin):
@@ -253,7 +253,7 @@ def _class_names(file: str | Path | None, problems: Problems) -> dict[str, str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         raise DataError(
-            f"dataset.class_names={path}: cannot be read ({error}); expected lines '<class> <name>', or null for no names."
+            f"dataset.class_names={path}: cannot be read ({error}). Give a file with lines '<class> <name>', or null."
         ) from error
     names: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from dejavu_exp.datasets.annotations import MAX_PIXELS, Problems, location, rows
 from dejavu_exp.datasets.base import Manifest
 from dejavu_exp.datasets.stores import FolderStore
 from dejavu_exp.errors import ConfigError, DataError
-from dejavu_exp.tables import Status
 
 REQUIRED = ("path", "label")
 ENDINGS = (".parquet", ".csv")
@@ -36,8 +36,8 @@ class ManifestFile:
         label: the class of the foreground; required. A row without one is not used.
         id: unique; default the path.
         origin: the part of the data set; default "train".
-        boxes: of all objects, [[xmin, ymin, xmax, ymax], ...] in pixels, upper ends exclusive. Empty ([]): annotated, and
-            there is no object. Null: not annotated.
+        boxes: of all objects, [[xmin, ymin, xmax, ymax], ...] in pixels, upper ends exclusive. Empty ([]): annotated,
+            and there is no object. Null: not annotated.
         caption: text.
         objects, tags: lists of names, ["dog", "ball"].
         tag_boxes: one box for each tag.
@@ -63,8 +63,8 @@ class ManifestFile:
         """Read the file and check every cell.
 
         Raises:
-            DataError: the file cannot be read, lacks a column, has rows without path or with the same id, or none of its
-                first images is there.
+            DataError: the file cannot be read, lacks a column, has rows without path or with the same id, or none of
+                its first images is there.
         """
         path = location(self.path, "path")
         root = path.parent if self.root is None else location(self.root, "root")
@@ -135,7 +135,7 @@ class _Cells:
         cells = self.frame[name].to_list() if name in self.frame.columns else [None] * len(self.frame)
         for row, cell in enumerate(cells):
             try:
-                values.append(None if cell is None or cell == "" else parse(cell))
+                values.append(None if cell is None or str(cell).isspace() or cell == "" else parse(cell))
             except (ValueError, RecursionError) as error:
                 values.append(None)
                 detail = f"row {row + 1}: {name}: {error}, got {str(cell)[:80]!r}"
@@ -227,8 +227,7 @@ def _side(cell: object) -> int:
 
 
 def _check_ids(path: Path, ids: list[str], given: bool) -> None:
-    seen: set[str] = set()
-    repeated = sorted({name for name in ids if name in seen or seen.add(name)})  # type: ignore[func-returns-value]
+    repeated = sorted(name for name, count in Counter(ids).items() if count > 1)
     if repeated:
         source = "" if given else " (there is no column id, so the path is the id)"
         raise DataError(

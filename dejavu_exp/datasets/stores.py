@@ -1,4 +1,4 @@
-"""Where image bytes live: a folder, a zip archive, or memory. Stores are cheap to pickle and safe in worker processes."""
+"""Where image bytes live: a folder, a zip archive, or memory. Stores are cheap to pickle and safe in processes."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ class ZipStore:
                 self._opened = (os.getpid(), zipfile.ZipFile(self.archive))
             except (OSError, zipfile.BadZipFile) as error:
                 raise DataError(
-                    f"{self.archive}: cannot be read as a zip archive ({error}). Download it again, or give the unpacked folder."
+                    f"{self.archive}: cannot be read as a zip archive ({error}). "
+                    "Download it again, or give the unpacked folder."
                 ) from error
         return self._opened[1]
 

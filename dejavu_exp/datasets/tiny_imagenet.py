@@ -47,7 +47,7 @@ class TinyImagenet:
         """Read the data set; widths and heights are left to the images.
 
         Raises:
-            DataError: the root is not there or has another layout, the zip is damaged, or there is no boxes file at all.
+            DataError: the root is not there or has another layout, the zip is damaged, or there is no boxes file.
         """
         root = location(self.root, "root")
         store = _store(root)
@@ -157,7 +157,7 @@ def _store(root: Path) -> ListedStore:
 
 
 def _images(names: Collection[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """File names of the training images by class, and of the val images; a class with a boxes file alone is there too."""
+    """File names of the training images by class, with classes that have a boxes file alone, and of the val images."""
     train: dict[str, list[str]] = {match["label"]: [] for match in map(_BOXES_FILE.fullmatch, names) if match}
     val: list[str] = []
     for match in map(_IMAGE.fullmatch, sorted(names)):
@@ -181,8 +181,8 @@ def _check(root: Path, files: _AnnotationFiles, train: Mapping[str, Sequence[str
     wanted = [_boxes_file(label) for label in sorted(train)] if trained else [VAL_FILE]
     if not files.names.intersection(wanted):
         raise DataError(
-            f"dataset.root={root}: there is no boxes file (expected {wanted[0]} and so on), so no background can be cut. "
-            "Some copies of the data set leave them out; take the published archive."
+            f"dataset.root={root}: there is no boxes file (expected {wanted[0]} and so on), so no background can be "
+            "cut. Some copies of the data set leave them out; take the published archive."
         )
 
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 LOGIT_SCALE = 100.0
 """What CLIP's learned scale of the cosine similarity comes to, and is clipped at."""
+URL_CACHE = Path("~/.cache/clip")
+"""Where open_clip keeps weights that it fetches by their address."""
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,8 @@ class _Clip:
                 sources.require_hub_repository(name, repository, files, key)
             else:
                 name = f"{name} ({published['url']})"
+                if not (URL_CACHE.expanduser() / published["url"].rpartition("/")[2]).is_file():
+                    sources.require_answer(name, published["url"], key)
         try:
             with sources.seeded(self.seed):
                 model: nn.Module = open_clip.create_model(self.arch, pretrained=self.pretrained)

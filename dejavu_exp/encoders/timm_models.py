@@ -30,6 +30,7 @@ class TimmEncoder:
         output: "features" (pooled, before the classifier), "logits" or "probabilities" (softmax of the logits).
         arch_args: further arguments of timm.create_model.
         seed: of random weights.
+        key: where the configuration has this encoder, for errors.
     """
 
     arch: str
@@ -37,21 +38,17 @@ class TimmEncoder:
     output: str = "features"
     arch_args: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    key: str = field(default="model", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arch_args", _plain(self.arch_args))
         if self.output not in OUTPUTS:
-            raise ConfigError(f"model.output={self.output}: must be one of {', '.join(OUTPUTS)}.")
+            raise ConfigError(f"{self.key}.output={self.output}: must be one of {', '.join(OUTPUTS)}.")
         taken = {"pretrained", "pretrained_cfg", "checkpoint_path", "features_only"} & set(self.arch_args)
         if taken:
             raise ConfigError(
-                f"{self._node}.arch_args.{min(taken)}: weights and output decide this; take the argument out."
+                f"{self.key}.arch_args.{min(taken)}: weights and output decide this; take the argument out."
             )
-
-    @property
-    def _node(self) -> str:
-        """Where the configuration has this encoder, for errors: named scores are what a tagger is for."""
-        return "model" if self.output == "features" else "tagger.encoder"
 
     def check(self) -> None:
         """See `Encoder.check`."""
@@ -60,10 +57,10 @@ class TimmEncoder:
         if not timm.is_model(self.arch):
             near = difflib.get_close_matches(self.arch, timm.list_models(), n=3)
             raise ConfigError(
-                f"{self._node}.arch={self.arch}: timm has no such model"
+                f"{self.key}.arch={self.arch}: timm has no such model"
                 f"{' (did you mean ' + ', '.join(near) + '?)' if near else ''}. timm.list_models() lists all."
             )
-        sources.check_source(self.weights, f"{self._node}.weights")
+        sources.check_source(self.weights, f"{self.key}.weights")
         self._check_classes(self._published())
 
     def load(self) -> LoadedEncoder:
@@ -110,30 +107,30 @@ class TimmEncoder:
             )
         except (RuntimeError, TypeError) as error:
             raise ConfigError(
-                f"{self._node}.arch={self.arch}: {error} timm.list_pretrained() lists all names with their tags."
+                f"{self.key}.arch={self.arch}: {error} timm.list_pretrained() lists all names with their tags."
             ) from error
 
     def _check_classes(self, published: PretrainedCfg) -> None:
         """Check that the published weights and the classifier asked for exist."""
         if self.weights == sources.HUB and not (published.hf_hub_id or published.url or published.file):
             raise ConfigError(
-                f"{self._node}.weights=hub: timm has no published weights for arch={self.arch}. "
-                f"Give a local file with {self._node}.weights=PATH, or choose a name from timm.list_pretrained()."
+                f"{self.key}.weights=hub: timm has no published weights for arch={self.arch}. "
+                f"Give a local file with {self.key}.weights=PATH, or choose a name from timm.list_pretrained()."
             )
         if self.output == "features":
             return
         classes = self.arch_args.get("num_classes", published.num_classes)
         if not classes:
             raise ConfigError(
-                f"{self._node}.output={self.output}: arch={self.arch} has no classifier. Choose another, "
+                f"{self.key}.output={self.output}: arch={self.arch} has no classifier. Choose another, "
                 f"or set output=features."
             )
         if self.weights == sources.HUB and classes != published.num_classes:
             # timm would put a random classifier on top of the published weights without a word.
             raise ConfigError(
-                f"{self._node}.arch_args.num_classes={classes}: the published weights of {self.arch} name "
+                f"{self.key}.arch_args.num_classes={classes}: the published weights of {self.arch} name "
                 f"{published.num_classes} classes. Leave it out, or give your own weights with "
-                f"{self._node}.weights=PATH."
+                f"{self.key}.weights=PATH."
             )
 
     def _hub_name(self) -> str:
@@ -149,7 +146,7 @@ class TimmEncoder:
                 model: nn.Module = timm.create_model(self.arch, pretrained=pretrained, **self.arch_args)
         except (TypeError, AssertionError) as error:
             raise ConfigError(
-                f"{self._node}.arch_args={dict(self.arch_args)}: timm cannot build {self.arch} with them "
+                f"{self.key}.arch_args={dict(self.arch_args)}: timm cannot build {self.arch} with them "
                 f"({sources.why(error)})."
             ) from error
         return model
@@ -163,11 +160,11 @@ class TimmEncoder:
                 if published.hf_hub_filename
                 else ("model.safetensors", "pytorch_model.bin")
             )
-            sources.require_hub_repository(name, published.hf_hub_id, files, f"{self._node}.weights")
+            sources.require_hub_repository(name, published.hf_hub_id, files, f"{self.key}.weights")
         try:
             return self.build(pretrained=True)
         except (OSError, RuntimeError) as error:
-            raise sources.hub_error(name, sources.why(error), f"{self._node}.weights") from error
+            raise sources.hub_error(name, sources.why(error), f"{self.key}.weights") from error
 
     def _fill(self, model: nn.Module, head: Sequence[str]) -> None:
         path = sources.local_path(self.weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
+from dejavu_exp import progress
 from dejavu_exp.datasets.stores import ImageStore
+from dejavu_exp.devices import quiet_trainer
 from dejavu_exp.errors import ConfigError
 from dejavu_exp.images import cut, decode
 
@@ -78,6 +78,7 @@ class Supervised:
         )
         order = torch.Generator().manual_seed(seed)
         batch_size = min(self.batch_size, len(views))
+        # Decoded in this process: augmentation then draws from one seeded stream.
         loader: DataLoader[Any] = DataLoader(
             images,  # type: ignore[arg-type]
             batch_size,
@@ -87,20 +88,9 @@ class Supervised:
         )
         steps = self.epochs * len(loader)
         module = SupervisedModule(network, self.learning_rate, self.weight_decay, steps)
-        trainer = pl_lightning.Trainer(
-            accelerator="gpu" if device == "cuda" else "cpu",
-            devices=1,
-            max_epochs=self.epochs,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            callbacks=[ViewsBar("training the encoder", self.epochs * len(loader) * batch_size)],
-        )
-        with torch.random.fork_rng(), warnings.catch_warnings():
+        bar = ViewsBar("training the encoder", steps * batch_size)
+        with torch.random.fork_rng(), quiet_trainer(device, bar, epochs=self.epochs) as trainer:
             torch.manual_seed(seed)
-            # Decoding in this process keeps augmentation on one seeded stream, and these images decode in no time.
-            warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             trainer.fit(module, loader)
 
     def _augment(self, config: dict[str, Any], min_area: float) -> Callable[[Image.Image], Tensor]:
@@ -170,7 +160,7 @@ class ViewsBar(pl_lightning.Callback):
     """Views done, rate and time left."""
 
     def __init__(self, title: str, total: int) -> None:
-        self.bar = tqdm(total=total, desc=title, unit="img")
+        self.bar = progress.bar(title, total)
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:  # noqa: ANN401
         """Move the bar."""
