@@ -115,7 +115,7 @@ def rows_of(columns: Mapping[str, Sequence[Any]]) -> pl.DataFrame:
 
 
 def _series(name: str, values: Sequence[Any], dtype: pl.DataType | type[pl.DataType]) -> pl.Series:
-    """A column; lists go by way of Arrow, which is 30 times as fast at the size of ImageNet."""
+    """A column; lists go by way of Arrow, which is many times as fast at the size of ImageNet."""
     import pyarrow as pa
 
     kinds = {tables.BOXES: pa.list_(pa.list_(pa.int32())), pl.List(pl.String): pa.list_(pa.string())}

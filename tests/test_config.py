@@ -1,0 +1,111 @@
+"""Every configuration file composes and binds; bad values fail with key, value and a way out."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import ConfigCompositionException
+
+from dejavu_exp import config
+from dejavu_exp.errors import ConfigError
+
+FILES = sorted(path.relative_to(config.CONF_DIR) for path in config.CONF_DIR.rglob("*.yaml"))
+GROUPS = [path for path in FILES if len(path.parts) > 1 and path.parts[0] != "hydra"]
+NEEDED = {
+    ("dataset", "tiny_imagenet"): ["dataset.root=/nowhere"],
+    ("dataset", "imagenet"): ["dataset.root=/nowhere", "dataset.boxes=/nowhere"],
+    ("dataset", "manifest"): ["dataset.path=/nowhere.csv"],
+    ("tagger", "precomputed"): ["tagger.path=/nowhere.parquet"],
+}
+"""Values that have no default."""
+
+
+def resolved(*overrides: str) -> dict[str, Any]:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        return config.resolve(compose("config", list(overrides)))
+
+
+@pytest.mark.parametrize("path", GROUPS, ids=str)
+def test_every_file_composes_and_binds(path: Path):
+    group, name = path.parts[0], path.stem
+    parts = config.build(resolved(f"{group}={name}", *NEEDED.get((group, name), [])))
+    assert set(parts) == {*config.PARTS, "references", "seed", "gallery"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_every_file_opens_with_what_it_is_for(path: Path):
+    head = (config.CONF_DIR / path).read_text().splitlines()
+    text = "\n".join(line for line in head[:8] if line.startswith("#"))
+    assert "python -m dejavu_exp" in text
+    for word in ("Cost:", "Expect:"):
+        assert word in text
+
+
+def test_the_promised_command_composes_and_checks():
+    parts = config.build(resolved("model=clip_vitl14", "reference=naive_bayes"))
+    assert list(parts["references"]) == ["naive_bayes"]
+    assert parts["model"].arch.startswith("ViT-L-14")
+
+
+def test_reference_is_a_list_group():
+    assert list(resolved("reference=[label_shuffle,naive_bayes]")["references"]) == ["label_shuffle", "naive_bayes"]
+
+
+def test_a_tagger_of_the_models_architecture_takes_its_weights():
+    chosen = ["model=efficientnet_lite0", "model.weights=/some/file.safetensors", "tagger=timm_classifier"]
+    assert resolved(*chosen)["tagger"]["encoder"]["weights"] == "/some/file.safetensors"
+    assert resolved("model=clip_vitb32", "model.weights=/f.pt", "tagger=timm_classifier")["tagger"]["encoder"]["weights"] == "hub"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+probe.kk=3", r"probe\.kk is not a key of the configuration: did you mean probe\.k\?"),
+        ("+nonsense=1", r"nonsense is not a key of the configuration"),
+        ("+references.naive_bayes.smoothin=1", r"did you mean references\.naive_bayes\.smoothing\?"),
+        ("probe.k=many", r"probe\.k=many: must be a whole number"),
+        ("probe.k=0", r"probe\.k=0: must be at least 1"),
+        ("probe.k=1.5", r"probe\.k=1\.5: must be a whole number"),
+        ("probe.metric=l3", r"probe\.metric=l3: must be one of l2, cosine"),
+        ("scoring.level=2", r"scoring\.level=2: must lie between 0 and 1"),
+        ("trainer.accelerator=tpu", r"trainer\.accelerator=tpu: must be one of auto, cpu, cuda"),
+        ("dataset=tiny_imagenet", r"dataset\.root is not set"),
+        ("dataset.classes=99", r"dataset\.classes=99"),
+        ("seed=x", r"seed"),
+        ("reference=[]", r"reference is empty"),
+        ("model._target_=dejavu_exp.nothing.Nothing", r"model\._target_=dejavu_exp\.nothing\.Nothing: cannot be imported"),
+    ],
+)
+def test_a_bad_value_names_key_value_and_limit(override: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        config.build(resolved(override))
+
+
+def test_an_unknown_key_without_plus_is_refused_by_hydra():
+    with pytest.raises(ConfigCompositionException, match=r"probe\.kk"):
+        resolved("probe.kk=3")
+
+
+@pytest.mark.parametrize("flag", [["--help"], ["--cfg", "job"]])
+def test_the_command_line_answers_at_once(flag: list[str]):
+    """Under a second; of three tries the best counts, for a machine may be busy."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-m", "dejavu_exp", *flag], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert "naive_bayes" in done.stdout
+    assert min(seconds) < 1.0
+
+
+def test_help_shows_every_group():
+    done = subprocess.run([sys.executable, "-m", "dejavu_exp", "--help"], capture_output=True, text=True)
+    for group in {path.parts[0] for path in GROUPS}:
+        assert f"{group}: " in done.stdout
