@@ -74,7 +74,7 @@ def commit() -> str | None:
     """The git commit of the source tree, or None where the package was installed from a wheel."""
     try:
         answer = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],  # noqa: S607
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
             capture_output=True,
             text=True,
             check=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -115,7 +115,7 @@ class LabelInference:
 
         Args:
             scores: columns of `tables.SCORES`, one reference.
-            images: the manifest's rows; `planted_repeats` and `background` are used where the data set has planted truth.
+            images: the manifest's rows; `planted_repeats` and `background` tell the planted truth, where there is one.
             seed: of the bootstrap.
 
         Returns:
@@ -144,7 +144,7 @@ class LabelInference:
         values = {column: used[column].to_numpy() for column in used.columns if used[column].dtype != pl.String}
         curve = [percent / 100 for percent in CURVE_PERCENT]
 
-        def run(statistic: Any) -> Draws:
+        def run(statistic: Callable[[FloatArray], FloatArray]) -> Draws:
             rng = provenance.rng(seed, f"bootstrap/{role}")
             return statistics.bootstrap(statistic, len(used), self.resamples, rng, n_excluded)
 
@@ -271,28 +271,26 @@ class LabelInference:
         raw = figures["roles"][Role.TARGET]["top1"][top]["gap"]
         if raw["value"] is None:
             return "Nothing is measured: no target row could be used; the counts by status say why."
-        shown = f"the encoder beats {reference} by {_points(raw)} on target rows"
         corrected = figures.get("corrected_gap", {}).get("top1", {}).get(top)
+        on_target = f"the encoder beats {reference} by {_points(raw)} on target rows"
         if corrected is None or corrected["value"] is None:
             return (
-                f"Memorization is not separated from knowledge: {shown}, but without unseen rows this raw gap also "
+                f"Memorization is not separated from knowledge: {on_target}, but without unseen rows this raw gap also "
                 "contains whatever the encoder knows better than the reference."
             )
-        rows = f"{corrected['n_used']} rows, {100 * self.level:g} % interval"
+        unseen = figures["roles"][Role.UNSEEN]["top1"][top]["gap"]
+        found = (
+            f"the corrected gap is {_points(corrected)} ({corrected['n_used']} rows, {100 * self.level:g} % interval): "
+            f"{on_target} and by {_points(unseen)} on rows it never saw"
+        )
         if corrected["low"] > 0:
-            return (
-                f"Memorization is shown: the corrected gap is {_points(corrected)} ({rows}); {shown}, "
-                "and by that much less on rows it never saw."
-            )
+            return f"Memorization is shown: {found}."
         if corrected["high"] < 0:
             return (
-                f"No memorization is shown: the corrected gap is {_points(corrected)} ({rows}), below zero; target and "
-                "unseen rows differ in something else than having been seen."
+                f"No memorization is shown: {found}; below zero, target and unseen rows differ in something else than "
+                "having been seen."
             )
-        return (
-            f"No memorization is shown: the corrected gap is {_points(corrected)} ({rows}) and its interval holds zero; "
-            f"{shown}, and about as much on rows it never saw."
-        )
+        return f"No memorization is shown: {found}; the interval holds zero."
 
 
 def paired(first: Draws, second: Draws) -> Draws:
@@ -319,6 +317,6 @@ def _mean_where(values: FloatArray, chosen: BoolArray | None, weights: FloatArra
     return (total / np.where(weight > 0, weight, np.nan))[:, None]
 
 
-def _plain(values: Any) -> list[float | None]:
+def _plain(values: Iterable[float]) -> list[float | None]:
     """Floats for JSON; None for NaN."""
     return [None if np.isnan(value) else float(value) for value in values]

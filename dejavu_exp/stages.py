@@ -241,7 +241,7 @@ def collect(
         rows = sum(by_status.values())
         counts[str(role)] = {"rows": rows, "used": used, "excluded": rows - used, "by_status": by_status}
     return {
-        "title": f"{encoder.description} on {views.manifest.name}",
+        "title": f"{encoder.description.split(',')[0]} on {views.manifest.name}",
         "verdict": references[headline]["verdict"],
         "headline": headline,
         "notes": notes(plan, views, encoder),

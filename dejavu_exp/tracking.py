@@ -1,9 +1,193 @@
+"""Weights & Biases: the only module that imports wandb. What it logs is on disk before, so its failures lose nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import polars as pl
+
+from dejavu_exp.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dejavu_exp.report.gallery import GalleryItem
+
+log = logging.getLogger(__name__)
+
+COMPARED = ("gap", "unseen_gap", "corrected_gap")
 
 
 @dataclass(frozen=True)
 class WandbTracking:
-    mode: str = "disabled"
+    """A run in Weights & Biases: summary figures, a comparison of references as table and chart, curves.
 
-    def log(self, *a: Any) -> None: ...
+    Attributes:
+        project: the W&B project.
+        entity: user or team; null for the default one.
+        group: groups the runs of a sweep.
+        mode: "auto" (online where logged in, offline otherwise; never asks), "online", "offline" or "disabled".
+        images: also upload the gallery. Off by default: memorized images may be private.
+    """
+
+    project: str = "dejavu_exp"
+    entity: str | None = None
+    group: str | None = None
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    images: bool = False
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("auto", "online", "offline", "disabled"):
+            raise ConfigError(f"tracking.mode={self.mode}: must be auto, online, offline or disabled.")
+
+    def log(
+        self,
+        figures: Mapping[str, Any],
+        scores: pl.DataFrame,
+        run_dir: Path,
+        gallery: Sequence[GalleryItem],
+        config: Mapping[str, Any],
+    ) -> None:
+        """Log one run. A failure of W&B is a warning.
+
+        Args:
+            figures: what figures.json holds.
+            scores: columns of `tables.SCORES`; histograms of the memorization score are made from it.
+            run_dir: the run's folder; W&B writes below it.
+            gallery: most memorized images, uploaded only where `images` is set.
+            config: the resolved configuration.
+        """
+        if self.mode == "disabled":
+            return
+        try:
+            self._log(figures, scores, run_dir, gallery, config)
+        except Exception as error:
+            log.warning("Weights & Biases: %s. The results are in %s all the same.", error, run_dir)
+
+    def _log(
+        self,
+        figures: Mapping[str, Any],
+        scores: pl.DataFrame,
+        run_dir: Path,
+        gallery: Sequence[GalleryItem],
+        config: Mapping[str, Any],
+    ) -> None:
+        import wandb
+
+        settings = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
+        with wandb.init(
+            project=self.project,
+            entity=self.entity,
+            group=self.group,
+            name=figures["title"],
+            dir=str(run_dir),
+            mode=self._mode(),
+            config=dict(config),
+            settings=settings,
+            reinit="finish_previous",
+        ) as run:
+            table = comparison(figures)
+            columns = list(table[0])
+            compared = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in table])
+            run.log(
+                {
+                    "comparison": compared,
+                    "comparison_chart": wandb.plot.bar(
+                        compared,
+                        "reference",
+                        "corrected_gap" if "corrected_gap" in columns else "gap",
+                        title="Gap by reference",
+                    ),
+                    **{f"{name}/curve": _curve(wandb, name, found) for name, found in figures["references"].items()},
+                    **{f"{name}/per_class": _per_class(wandb, found) for name, found in figures["references"].items()},
+                    **_histograms(wandb, scores),
+                }
+            )
+            if self.images:
+                run.log({"most_memorized": [_picture(wandb, item) for item in gallery]})
+            run.summary.update({"verdict": figures["verdict"], "random_weights": figures["encoder"]["random"]})
+            run.summary.update(dict(flat(figures)))
+
+    def _mode(self) -> Literal["online", "offline"]:
+        """The mode that "auto" stands for; asks nobody."""
+        import wandb
+
+        wanted = os.environ.get("WANDB_MODE") if self.mode == "auto" else self.mode
+        if wanted in ("online", "offline"):
+            return "online" if wanted == "online" else "offline"
+        return "online" if wandb.login(prompt=False) else "offline"
+
+
+def comparison(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per reference: its gaps on target and unseen rows and the corrected one, each with its interval."""
+    rows = []
+    for name, found in figures["references"].items():
+        row: dict[str, Any] = {"reference": name}
+        for percent, cell in found["roles"]["target"]["top1"].items():
+            suffix = "" if percent == "100" else f"_{percent}_percent"
+            unseen = found["roles"].get("unseen", {}).get("top1", {}).get(percent, {}).get("gap")
+            corrected = found.get("corrected_gap", {}).get("top1", {}).get(percent)
+            for kind, estimate in zip(COMPARED, (cell["gap"], unseen, corrected), strict=True):
+                if estimate is not None:
+                    row |= {f"{kind}{suffix}": estimate["value"]}
+                    row |= {f"{kind}{suffix}_{end}": estimate[end] for end in ("low", "high")}
+        rows.append({**row, "verdict": found["verdict"]})
+    return rows
+
+
+def flat(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Every estimate as `<reference>/<role>/<top>/<percent>/<figure>` and its ends."""
+    stack: list[tuple[str, Any]] = [
+        (name, {**found["roles"], "corrected_gap": found.get("corrected_gap", {}), "planted": found.get("planted", {})})
+        for name, found in figures["references"].items()
+    ]
+    while stack:
+        path, value = stack.pop()
+        if not isinstance(value, Mapping):
+            continue
+        if "n_used" in value:
+            yield path, value["value"]
+            yield from ((f"{path}_{end}", value[end]) for end in ("low", "high", "n_used", "n_excluded"))
+        else:
+            stack += [(f"{path}/{key}", item) for key, item in value.items() if key != "curve"]
+
+
+def _curve(wandb: Any, name: str, found: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    curve = found["roles"]["target"]["curve"]
+    return wandb.plot.line_series(
+        xs=curve["percent"],
+        ys=[curve["target"], curve["reference"]],
+        keys=["target", name],
+        title=f"Accuracy on target rows against {name}",
+        xname="most confident rows, %",
+    )
+
+
+def _per_class(wandb: Any, found: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    columns = ["label", "name", "n_used", "target", "reference", "gap", "gap_low", "gap_high"]
+    data = [
+        [row["label"], row["name"], row["gap"]["n_used"]]
+        + [row[key]["value"] for key in ("target", "reference", "gap")]
+        + [row["gap"][end] for end in ("low", "high")]
+        for row in found["per_class"]
+    ]
+    return wandb.Table(columns=columns, data=data)
+
+
+def _histograms(wandb: Any, scores: pl.DataFrame) -> dict[str, Any]:  # noqa: ANN401
+    defined = scores.filter(pl.col("memorization_score").is_not_null())
+    return {
+        f"{name}/{role}/memorization_score_histogram": wandb.Histogram(rows["memorization_score"].to_list())
+        for (name, role), rows in defined.group_by("reference", "role", maintain_order=True)
+    }
+
+
+def _picture(wandb: Any, item: GalleryItem) -> Any:  # noqa: ANN401
+    import io
+
+    from PIL import Image
+
+    return wandb.Image(Image.open(io.BytesIO(item.image)), caption=f"{item.id}: {item.label_name}, {item.score:.2f}")

@@ -60,7 +60,10 @@ def test_reference_is_a_list_group():
 def test_a_tagger_of_the_models_architecture_takes_its_weights():
     chosen = ["model=efficientnet_lite0", "model.weights=/some/file.safetensors", "tagger=timm_classifier"]
     assert resolved(*chosen)["tagger"]["encoder"]["weights"] == "/some/file.safetensors"
-    assert resolved("model=clip_vitb32", "model.weights=/f.pt", "tagger=timm_classifier")["tagger"]["encoder"]["weights"] == "hub"
+    assert (
+        resolved("model=clip_vitb32", "model.weights=/f.pt", "tagger=timm_classifier")["tagger"]["encoder"]["weights"]
+        == "hub"
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +82,10 @@ def test_a_tagger_of_the_models_architecture_takes_its_weights():
         ("dataset.classes=99", r"dataset\.classes=99"),
         ("seed=x", r"seed"),
         ("reference=[]", r"reference is empty"),
-        ("model._target_=dejavu_exp.nothing.Nothing", r"model\._target_=dejavu_exp\.nothing\.Nothing: cannot be imported"),
+        (
+            "model._target_=dejavu_exp.nothing.Nothing",
+            r"model\._target_=dejavu_exp\.nothing\.Nothing: cannot be imported",
+        ),
     ],
 )
 def test_a_bad_value_names_key_value_and_limit(override: str, message: str):

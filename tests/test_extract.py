@@ -206,7 +206,9 @@ def test_worker_processes_give_the_same_numbers(extractor: Extractor, tmp_path: 
     assert (alone.values == together.values).all()
 
 
-@pytest.mark.parametrize(("key", "value"), [("batch_size", 0), ("workers", -1), ("accelerator", "tpu"), ("precision", "8")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("batch_size", 0), ("workers", -1), ("accelerator", "tpu"), ("precision", "8")]
+)
 def test_bad_settings_name_their_key(tmp_path: Path, key: str, value: Any):
     with pytest.raises(ConfigError, match=rf"trainer\.{key}={value}"):
         Extractor(tmp_path, **{key: value})

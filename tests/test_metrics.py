@@ -85,12 +85,16 @@ def test_bootstrap_interval_covers_a_known_mean():
 
 def test_differences_of_equal_columns_have_no_width():
     rows = np.random.default_rng(0).integers(0, 2, 100).astype(float)
-    draws = bootstrap(lambda weights: weights @ np.stack([rows, rows], axis=1) / 100, 100, 200, np.random.default_rng(0))
+    draws = bootstrap(
+        lambda weights: weights @ np.stack([rows, rows], axis=1) / 100, 100, 200, np.random.default_rng(0)
+    )
     assert (draws.samples[:, 0] == draws.samples[:, 1]).all()
 
 
 def test_no_rows_give_an_undefined_estimate_with_its_count():
-    draws = bootstrap(lambda weights: np.full((len(weights), 1), np.nan), 0, 200, np.random.default_rng(0), n_excluded=7)
+    draws = bootstrap(
+        lambda weights: np.full((len(weights), 1), np.nan), 0, 200, np.random.default_rng(0), n_excluded=7
+    )
     (estimate,) = draws.estimates(0.95)
     assert np.isnan(estimate.value)
     assert (estimate.n_used, estimate.n_excluded) == (0, 7)

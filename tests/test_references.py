@@ -32,7 +32,9 @@ def views(rows: list[tuple[str, str, str]]) -> pl.DataFrame:
     )
 
 
-def inputs(tmp_path: Path, tags: dict[str, list[str] | None], heldout: dict[str, str], queries: list[str]) -> ReferenceInputs:
+def inputs(
+    tmp_path: Path, tags: dict[str, list[str] | None], heldout: dict[str, str], queries: list[str]
+) -> ReferenceInputs:
     rows = pl.DataFrame(
         [
             {"id": row_id, "path": row_id, "origin": "train", "label": "x", "tags": found, "status": "ok"}
@@ -58,7 +60,9 @@ def inputs(tmp_path: Path, tags: dict[str, list[str] | None], heldout: dict[str,
 
 def toy(tmp_path: Path) -> ReferenceInputs:
     heldout = {f"h{index}": LABELS[index % 2] for index in range(20)}
-    tags: dict[str, list[str] | None] = {row_id: ["sea" if label == "boat" else "tree"] for row_id, label in heldout.items()}
+    tags: dict[str, list[str] | None] = {
+        row_id: ["sea" if label == "boat" else "tree"] for row_id, label in heldout.items()
+    }
     tags |= {"q1": ["sea"], "q2": ["tree"], "q3": ["moon"], "q4": [], "q5": None}
     return inputs(tmp_path, tags, heldout, ["q1", "q2", "q3", "q4", "q5"])
 

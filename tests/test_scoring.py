@@ -156,7 +156,14 @@ def test_per_class_figures_split_the_rows():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("fractions", ()), ("fractions", (0.0,)), ("memorization_score", "x"), ("ties", "x"), ("level", 1.0), ("resamples", 1)],
+    [
+        ("fractions", ()),
+        ("fractions", (0.0,)),
+        ("memorization_score", "x"),
+        ("ties", "x"),
+        ("level", 1.0),
+        ("resamples", 1),
+    ],
 )
 def test_bad_settings_name_their_key(key, value):
     with pytest.raises(ConfigError, match=rf"scoring\.{key}"):

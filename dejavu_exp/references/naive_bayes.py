@@ -15,8 +15,8 @@ from dejavu_exp import evidence, provenance, taggers
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.evidence import Evidence
 from dejavu_exp.references.base import ReferenceInputs
-from dejavu_exp.taggers import Tagger
 from dejavu_exp.tables import FloatArray, Status
+from dejavu_exp.taggers import Tagger
 
 log = logging.getLogger(__name__)
 

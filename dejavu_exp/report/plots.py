@@ -1,0 +1,135 @@
+"""Plots as inline SVG pictures; no pyplot, so nothing global is touched."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from dejavu_exp import metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TARGET, REFERENCE, UNSEEN = "#b3261e", "#1f5fa8", "#7a7a7a"
+QUADRANT_COLOURS = ("#b3261e", "#e8a33d", "#1f5fa8", "#d9d9d9")
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _uri(figure: Figure) -> str:
+    """The picture as a data URI. Dates and random ids are left out: the same figures give the same bytes."""
+    import matplotlib as mpl
+
+    stream = io.BytesIO()
+    with mpl.rc_context({"svg.hashsalt": "dejavu_exp"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def _percent(value: float | None) -> float:
+    return float("nan") if value is None else 100 * value
+
+
+def gaps(figures: Mapping[str, Any]) -> str:
+    """Raw, unseen and corrected gap of every reference, all rows, with intervals."""
+    names = list(figures["references"])
+    figure, axes = _figure(7.2, 1.0 + 2.2)
+    for offset, (title, colour) in enumerate(
+        (("gap, target rows", TARGET), ("gap, unseen rows", UNSEEN), ("corrected gap", "#222222"))
+    ):
+        for place, name in enumerate(names):
+            found = figures["references"][name]
+            estimate = (
+                found["roles"]["target"]["top1"]["100"]["gap"],
+                found["roles"].get("unseen", {}).get("top1", {}).get("100", {}).get("gap"),
+                found.get("corrected_gap", {}).get("top1", {}).get("100"),
+            )[offset]
+            if estimate is None or estimate["value"] is None:
+                continue
+            value, low, high = (_percent(estimate[key]) for key in ("value", "low", "high"))
+            x = place + 0.26 * (offset - 1)
+            axes.bar(x, value, 0.24, color=colour, label=title if place == 0 else None)
+            axes.plot([x, x], [low, high], color="black", linewidth=1.2)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylabel("percentage points")
+    axes.legend(frameon=False, fontsize=8)
+    return _uri(figure)
+
+
+def curve(role: Mapping[str, Any], name: str) -> str:
+    """Accuracy of target and reference against the most confident share of rows; the band is the gap's interval."""
+    figure, axes = _figure(5.0, 3.0)
+    found = role["curve"]
+    x = found["percent"]
+    reference = np.array([_percent(value) for value in found["reference"]])
+    low, high = (np.array([_percent(value) for value in found[key]]) for key in ("gap_low", "gap_high"))
+    axes.fill_between(x, reference + low, reference + high, color=TARGET, alpha=0.15, linewidth=0)
+    axes.plot(x, [_percent(value) for value in found["target"]], color=TARGET, marker=".", label="encoder under test")
+    axes.plot(x, reference, color=REFERENCE, marker=".", label=name)
+    axes.set_xlabel("most confident rows, %")
+    axes.set_ylabel("accuracy, %")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False, fontsize=8)
+    return _uri(figure)
+
+
+def quadrants(roles: Mapping[str, Any]) -> str:
+    """Shares of memorized, correlated, forgotten and unassociated rows."""
+    figure, axes = _figure(5.0, 0.7 + 0.55 * len(roles))
+    for place, role in enumerate(reversed(list(roles))):
+        left = 0.0
+        for name, colour in zip(metrics.QUADRANTS, QUADRANT_COLOURS, strict=True):
+            share = _percent(roles[role]["quadrants"][name]["value"])
+            axes.barh(place, share, left=left, color=colour, label=name if place == 0 else None)
+            if share >= 6:
+                dark = name in ("memorized", "forgotten")
+                axes.text(
+                    left + share / 2,
+                    place,
+                    f"{share:.0f}",
+                    ha="center",
+                    va="center",
+                    color="white" if dark else "black",
+                )
+            left += share
+    axes.set_yticks(range(len(roles)), list(reversed(list(roles))))
+    axes.set_xlabel("% of rows")
+    axes.grid(visible=False)
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return _uri(figure)
+
+
+def histogram(scores: pl.DataFrame) -> str:
+    """Memorization scores of target and unseen rows, as shares of their role."""
+    figure, axes = _figure(5.0, 2.6)
+    defined = scores.filter(pl.col("memorization_score").is_not_null())
+    if len(defined):
+        values = defined["memorization_score"]
+        edges = np.linspace(float(values.min()) - 1e-9, float(values.max()) + 1e-9, 31)  # type: ignore[arg-type]
+        for role, colour in (("unseen", UNSEEN), ("target", TARGET)):
+            part = defined.filter(pl.col("role") == role)["memorization_score"].to_numpy()
+            if len(part):
+                weights = np.full(len(part), 100 / len(part))
+                axes.hist(part, edges, weights=weights, color=colour, alpha=0.55, label=f"{role}, {len(part)} rows")
+        axes.legend(frameon=False, fontsize=8)
+    axes.set_xlabel("memorization score of a row")
+    axes.set_ylabel("% of rows")
+    return _uri(figure)
