@@ -1,4 +1,4 @@
-"""The configuration: its schema, its check, and the parts built from it. With `__main__` the only place that knows Hydra."""
+"""The configuration: its schema, its check, the parts built from it. With `__main__` all that knows Hydra."""
 
 from __future__ import annotations
 
@@ -114,15 +114,21 @@ def bind(node: object, key: str) -> Any:  # noqa: ANN401 - whatever `_target_` n
         return [bind(item, f"{key}.{index}") for index, item in enumerate(node)]
     if not isinstance(node, Mapping):
         return node
+    arguments = {str(name): bind(value, f"{key}.{name}") for name, value in node.items() if name != "_target_"}
     if "_target_" not in node:
-        return {name: bind(value, f"{key}.{name}") for name, value in node.items()}
+        return arguments
     try:
         target = get_object(node["_target_"])
     except Exception as error:
         raise ConfigError(f"{key}._target_={node['_target_']}: cannot be imported: {error}") from error
-    hints = typing.get_type_hints(target.__init__, None, _KnownNames(vars(inspect.getmodule(target))))
-    parameters = {name: p for name, p in inspect.signature(target).parameters.items() if name != "self"}
-    arguments = {name: bind(value, f"{key}.{name}") for name, value in node.items() if name != "_target_"}
+    _check_arguments(target, arguments, key)
+    return target(**arguments)
+
+
+def _check_arguments(target: type, arguments: Mapping[str, object], key: str) -> None:
+    """Compare the keys of a node and their plain values with the signature of what it builds."""
+    hints = typing.get_type_hints(target.__init__, None, _KnownNames(vars(inspect.getmodule(target))))  # type: ignore[misc]
+    parameters = inspect.signature(target).parameters
     for name in arguments:
         if name not in parameters:
             raise ConfigError(_unknown(f"{key}.{name}", [f"{key}.{known}" for known in parameters]))
@@ -132,7 +138,6 @@ def bind(node: object, key: str) -> Any:  # noqa: ANN401 - whatever `_target_` n
     for name, value in arguments.items():
         if not _fits(value, hints.get(name, Any)):
             raise ConfigError(f"{key}.{name}={value}: must be {_spell(hints[name])}.")
-    return target(**arguments)
 
 
 class _KnownNames(dict[str, Any]):

@@ -32,7 +32,7 @@ def entropy(distribution: npt.NDArray[Any]) -> FloatArray:
     with np.errstate(divide="ignore", invalid="ignore"):
         share = values / total
         terms = np.where(share > 0, share * np.log(share), 0.0 * share)
-    return np.abs(-terms.sum(axis=1))
+    return np.asarray(np.abs(-terms.sum(axis=1)), dtype=np.float64)
 
 
 def accuracy_gap(target_correct: BoolArray, reference_correct: BoolArray) -> float:

@@ -1,4 +1,4 @@
-"""Scoring variants: which rows count, which decision, which memorization score; and the figures with their intervals."""
+"""Scoring variants: which rows count, which decision, which memorization score; the figures and their intervals."""
 
 from __future__ import annotations
 
@@ -266,7 +266,7 @@ class LabelInference:
     def verdict(self, figures: Mapping[str, Any], reference: str, *, random: bool) -> str:
         """One sentence: what the figures show, and what they do not."""
         if random:
-            return "Nothing is measured: the encoder's weights are random, and no figure here says anything of a trained model."
+            return "Nothing is measured: the encoder's weights are random; its figures say nothing of a trained model."
         top = f"{100 * max(self.fractions):g}"
         raw = figures["roles"][Role.TARGET]["top1"][top]["gap"]
         if raw["value"] is None:

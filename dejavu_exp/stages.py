@@ -22,7 +22,7 @@ from dejavu_exp.neighbours import KnnProbe
 from dejavu_exp.references.base import Reference
 from dejavu_exp.scoring import LabelInference
 from dejavu_exp.splits import Split
-from dejavu_exp.tables import Role, Status
+from dejavu_exp.tables import IntArray, Role, Status
 from dejavu_exp.taggers import Tagger
 from dejavu_exp.tracking import WandbTracking
 from dejavu_exp.training import TrainedEncoder, TrainingInputs
@@ -191,9 +191,10 @@ def _without_unreadable(views: pl.DataFrame, reasons: Mapping[str, str]) -> pl.D
     )
 
 
-def label_codes(views: Views, positions: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def label_codes(views: Views, positions: IntArray) -> IntArray:
     """The label of each neighbour as a position in `views.labels()`, shape as `positions`."""
-    return np.searchsorted(np.array(views.labels()), views.public()["label"].to_numpy().astype(str))[positions]
+    codes = np.searchsorted(np.array(views.labels()), views.public()["label"].to_numpy().astype(str))
+    return np.asarray(codes[positions], dtype=np.int64)
 
 
 def status_counts(views: pl.DataFrame, role: Role) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Weights & Biases: the only module that imports wandb. What it logs is on disk before, so its failures lose nothing."""
+"""Weights & Biases: the only module that imports wandb. What it logs is on disk already: failures lose nothing."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class WandbTracking:
             reinit="finish_previous",
         ) as run:
             table = comparison(figures)
-            columns = list(table[0])
-            compared = wandb.Table(columns=columns, data=[[row[column] for column in columns] for row in table])
+            columns: list[str | int] = list(table[0])
+            compared = wandb.Table(columns=columns, data=[[row[str(column)] for column in columns] for row in table])
             run.log(
                 {
                     "comparison": compared,

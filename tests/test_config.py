@@ -32,14 +32,14 @@ def resolved(*overrides: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", GROUPS, ids=str)
-def test_every_file_composes_and_binds(path: Path):
+def test_every_file_composes_and_binds(path: Path) -> None:
     group, name = path.parts[0], path.stem
     parts = config.build(resolved(f"{group}={name}", *NEEDED.get((group, name), [])))
     assert set(parts) == {*config.PARTS, "references", "seed", "gallery"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_every_file_opens_with_what_it_is_for(path: Path):
+def test_every_file_opens_with_what_it_is_for(path: Path) -> None:
     head = (config.CONF_DIR / path).read_text().splitlines()
     text = "\n".join(line for line in head[:8] if line.startswith("#"))
     assert "python -m dejavu_exp" in text
@@ -47,17 +47,17 @@ def test_every_file_opens_with_what_it_is_for(path: Path):
         assert word in text
 
 
-def test_the_promised_command_composes_and_checks():
+def test_the_promised_command_composes_and_checks() -> None:
     parts = config.build(resolved("model=clip_vitl14", "reference=naive_bayes"))
     assert list(parts["references"]) == ["naive_bayes"]
     assert parts["model"].arch.startswith("ViT-L-14")
 
 
-def test_reference_is_a_list_group():
+def test_reference_is_a_list_group() -> None:
     assert list(resolved("reference=[label_shuffle,naive_bayes]")["references"]) == ["label_shuffle", "naive_bayes"]
 
 
-def test_a_tagger_of_the_models_architecture_takes_its_weights():
+def test_a_tagger_of_the_models_architecture_takes_its_weights() -> None:
     chosen = ["model=efficientnet_lite0", "model.weights=/some/file.safetensors", "tagger=timm_classifier"]
     assert resolved(*chosen)["tagger"]["encoder"]["weights"] == "/some/file.safetensors"
     assert (
@@ -88,18 +88,18 @@ def test_a_tagger_of_the_models_architecture_takes_its_weights():
         ),
     ],
 )
-def test_a_bad_value_names_key_value_and_limit(override: str, message: str):
+def test_a_bad_value_names_key_value_and_limit(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config.build(resolved(override))
 
 
-def test_an_unknown_key_without_plus_is_refused_by_hydra():
+def test_an_unknown_key_without_plus_is_refused_by_hydra() -> None:
     with pytest.raises(ConfigCompositionException, match=r"probe\.kk"):
         resolved("probe.kk=3")
 
 
 @pytest.mark.parametrize("flag", [["--help"], ["--cfg", "job"]])
-def test_the_command_line_answers_at_once(flag: list[str]):
+def test_the_command_line_answers_at_once(flag: list[str]) -> None:
     """Under a second; of three tries the best counts, for a machine may be busy."""
     seconds = []
     for _ in range(3):
@@ -111,7 +111,7 @@ def test_the_command_line_answers_at_once(flag: list[str]):
     assert min(seconds) < 1.0
 
 
-def test_help_shows_every_group():
+def test_help_shows_every_group() -> None:
     done = subprocess.run([sys.executable, "-m", "dejavu_exp", "--help"], capture_output=True, text=True)
     for group in {path.parts[0] for path in GROUPS}:
         assert f"{group}: " in done.stdout

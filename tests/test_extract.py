@@ -82,7 +82,7 @@ def shard_files(extractor: Extractor) -> list[Path]:
     return sorted(extractor.cache.rglob("*.arrow"))
 
 
-def test_each_row_gets_its_own_embedding_in_the_order_asked_for(extractor: Extractor):
+def test_each_row_gets_its_own_embedding_in_the_order_asked_for(extractor: Extractor) -> None:
     views, store = images(21)
     shuffled = views.sample(fraction=1.0, shuffle=True, seed=3)
     found = extractor.embed(encoder(), shuffled, store)
@@ -92,7 +92,7 @@ def test_each_row_gets_its_own_embedding_in_the_order_asked_for(extractor: Extra
     assert len(shard_files(extractor)) == 3
 
 
-def test_a_second_run_computes_nothing(extractor: Extractor):
+def test_a_second_run_computes_nothing(extractor: Extractor) -> None:
     views, store = images(21)
     module = MeanColour()
     first = extractor.embed(encoder(module), views, store)
@@ -110,7 +110,7 @@ def test_a_second_run_computes_nothing(extractor: Extractor):
         {"description": "other"},
     ],
 )
-def test_the_cache_never_serves_another_encoder(extractor: Extractor, change: dict[str, str]):
+def test_the_cache_never_serves_another_encoder(extractor: Extractor, change: dict[str, str]) -> None:
     views, store = images(5)
     module = MeanColour()
     extractor.embed(encoder(module), views, store)
@@ -118,7 +118,7 @@ def test_the_cache_never_serves_another_encoder(extractor: Extractor, change: di
     assert module.calls == 4
 
 
-def test_the_cache_never_serves_another_image(extractor: Extractor):
+def test_the_cache_never_serves_another_image(extractor: Extractor) -> None:
     views, store = images(5)
     extractor.embed(encoder(), views, store)
     changed = dict(store.files) | {"0002.png": store.files["0004.png"]}
@@ -127,7 +127,7 @@ def test_the_cache_never_serves_another_image(extractor: Extractor):
     assert found.values[2].tolist() == list(colour(4))
 
 
-def test_a_killed_run_goes_on_where_it_stopped(extractor: Extractor):
+def test_a_killed_run_goes_on_where_it_stopped(extractor: Extractor) -> None:
     class Killed(MeanColour):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             if self.calls == 4:
@@ -145,7 +145,7 @@ def test_a_killed_run_goes_on_where_it_stopped(extractor: Extractor):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
-def test_a_damaged_shard_is_found_and_made_again(extractor: Extractor, damage: str):
+def test_a_damaged_shard_is_found_and_made_again(extractor: Extractor, damage: str) -> None:
     views, store = images(21)
     first = extractor.embed(encoder(), views, store)
     path = shard_files(extractor)[1]
@@ -160,7 +160,7 @@ def test_a_damaged_shard_is_found_and_made_again(extractor: Extractor, damage: s
     assert (again.values == first.values).all()
 
 
-def test_a_broken_image_is_undefined_and_named(extractor: Extractor):
+def test_a_broken_image_is_undefined_and_named(extractor: Extractor) -> None:
     views, store = images(21, broken=6)
     found = extractor.embed(encoder(), views, store)
     assert list(found.reasons) == ["0006.png#full"]
@@ -169,7 +169,7 @@ def test_a_broken_image_is_undefined_and_named(extractor: Extractor):
     assert len(found.readable_only().view_ids) == 20
 
 
-def test_nan_embeddings_are_refused_with_the_view(extractor: Extractor):
+def test_nan_embeddings_are_refused_with_the_view(extractor: Extractor) -> None:
     class Broken(nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             means = pixels.mean(dim=(2, 3))
@@ -182,7 +182,7 @@ def test_nan_embeddings_are_refused_with_the_view(extractor: Extractor):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full, on Linux")
-def test_a_full_disk_is_told_and_finished_shards_stay(extractor: Extractor, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_told_and_finished_shards_stay(extractor: Extractor, monkeypatch: pytest.MonkeyPatch) -> None:
     views, store = images(21)
     opened = Path.open
 
@@ -199,7 +199,7 @@ def test_a_full_disk_is_told_and_finished_shards_stay(extractor: Extractor, monk
     np.testing.assert_allclose(found.values[:, 0], np.arange(21))
 
 
-def test_worker_processes_give_the_same_numbers(extractor: Extractor, tmp_path: Path):
+def test_worker_processes_give_the_same_numbers(extractor: Extractor, tmp_path: Path) -> None:
     views, store = images(41)
     alone = extractor.embed(encoder(), views, store)
     together = replace(extractor, cache=tmp_path / "other", workers=2).embed(encoder(), views, store)
@@ -209,6 +209,6 @@ def test_worker_processes_give_the_same_numbers(extractor: Extractor, tmp_path: 
 @pytest.mark.parametrize(
     ("key", "value"), [("batch_size", 0), ("workers", -1), ("accelerator", "tpu"), ("precision", "8")]
 )
-def test_bad_settings_name_their_key(tmp_path: Path, key: str, value: Any):
+def test_bad_settings_name_their_key(tmp_path: Path, key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"trainer\.{key}={value}"):
         Extractor(tmp_path, **{key: value})

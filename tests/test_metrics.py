@@ -1,6 +1,7 @@
 """Metrics worked by hand or against an independent rewrite."""
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from dejavu_exp import metrics
 from dejavu_exp.statistics import bootstrap
+from dejavu_exp.tables import FloatArray
 
 
 def mean_over_all_orders(values: list[int], confidence: list[float], keep: int) -> float:
@@ -25,14 +27,14 @@ def mean_over_all_orders(values: list[int], confidence: list[float], keep: int) 
     rows=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2)), min_size=1, max_size=6),
     fraction=st.sampled_from([0.05, 0.2, 0.5, 0.75, 1.0]),
 )
-def test_confident_means_are_the_mean_over_all_tie_breaks(rows: list[tuple[int, int]], fraction: float):
+def test_confident_means_are_the_mean_over_all_tie_breaks(rows: list[tuple[int, int]], fraction: float) -> None:
     values, confidence = [row[0] for row in rows], [float(row[1]) for row in rows]
     keep = metrics.n_confident(len(rows), fraction)
     found = metrics.confident_means(np.array(values), np.array(confidence), [fraction])[0, 0]
     assert found == pytest.approx(mean_over_all_orders(values, confidence, keep))
 
 
-def test_confident_means_with_weights_equal_repeated_rows():
+def test_confident_means_with_weights_equal_repeated_rows() -> None:
     values, confidence = np.array([1, 0, 1, 0]), np.array([3.0, 2.0, 2.0, 1.0])
     weights = np.array([[2.0, 0.0, 1.0, 1.0]])
     repeated = np.repeat(np.arange(4), weights[0].astype(int))
@@ -41,7 +43,7 @@ def test_confident_means_with_weights_equal_repeated_rows():
     np.testing.assert_allclose(found, expected)
 
 
-def test_confident_means_do_not_depend_on_row_order():
+def test_confident_means_do_not_depend_on_row_order() -> None:
     rng = np.random.default_rng(0)
     values, confidence = rng.integers(0, 2, 50), rng.integers(0, 5, 50).astype(float)
     order = rng.permutation(50)
@@ -52,19 +54,19 @@ def test_confident_means_do_not_depend_on_row_order():
     )
 
 
-def test_a_model_that_is_its_own_reference_has_no_gap():
+def test_a_model_that_is_its_own_reference_has_no_gap() -> None:
     correct = np.array([True, False, True])
     assert metrics.accuracy_gap(correct, correct) == 0.0
     with pytest.raises(ValueError, match="equal shapes"):
         metrics.accuracy_gap(correct, correct[:2])
 
 
-def test_entropy_is_undefined_without_mass():
+def test_entropy_is_undefined_without_mass() -> None:
     assert np.isnan(metrics.entropy(np.zeros((1, 3)))).all()
     assert np.isnan(metrics.entropy(np.array([[np.nan, 1.0]]))).all()
 
 
-def test_auroc_equals_counting_pairs():
+def test_auroc_equals_counting_pairs() -> None:
     rng = np.random.default_rng(1)
     positive, negative = rng.integers(0, 6, 40).astype(float), rng.integers(0, 5, 30).astype(float)
     wins = (positive[:, None] > negative).mean() + 0.5 * (positive[:, None] == negative).mean()
@@ -72,18 +74,22 @@ def test_auroc_equals_counting_pairs():
     assert np.isnan(metrics.auroc(positive, negative[:0]))
 
 
-def test_bootstrap_interval_covers_a_known_mean():
+def mean_of(rows: FloatArray, weights: FloatArray) -> FloatArray:
+    return (weights @ rows / len(rows))[:, None]
+
+
+def test_bootstrap_interval_covers_a_known_mean() -> None:
     """Of 200 samples of a fair coin, about 95 % of the intervals must hold one half."""
     held = 0
     for trial in range(200):
         rng = np.random.default_rng(trial)
         rows = rng.integers(0, 2, 200).astype(float)
-        draws = bootstrap(lambda weights, rows=rows: (weights @ rows / 200)[:, None], 200, 400, rng)
+        draws = bootstrap(partial(mean_of, rows), 200, 400, rng)
         held += draws.estimates(0.95)[0].contains(0.5)
     assert 180 <= held <= 198
 
 
-def test_differences_of_equal_columns_have_no_width():
+def test_differences_of_equal_columns_have_no_width() -> None:
     rows = np.random.default_rng(0).integers(0, 2, 100).astype(float)
     draws = bootstrap(
         lambda weights: weights @ np.stack([rows, rows], axis=1) / 100, 100, 200, np.random.default_rng(0)
@@ -91,7 +97,7 @@ def test_differences_of_equal_columns_have_no_width():
     assert (draws.samples[:, 0] == draws.samples[:, 1]).all()
 
 
-def test_no_rows_give_an_undefined_estimate_with_its_count():
+def test_no_rows_give_an_undefined_estimate_with_its_count() -> None:
     draws = bootstrap(
         lambda weights: np.full((len(weights), 1), np.nan), 0, 200, np.random.default_rng(0), n_excluded=7
     )

@@ -1,5 +1,7 @@
 """Exact search and votes."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,7 @@ from dejavu_exp.errors import ConfigError, DataError
 
 
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-def test_search_equals_brute_force(metric):
+def test_search_equals_brute_force(metric: Any) -> None:
     rng = np.random.default_rng(0)
     queries, bank = rng.normal(size=(37, 8)).astype(np.float32), rng.normal(size=(91, 8)).astype(np.float32)
     if metric == "l2":
@@ -21,24 +23,24 @@ def test_search_equals_brute_force(metric):
     np.testing.assert_allclose(found.distances, np.sort(distances, axis=1)[:, :10], atol=1e-5)
 
 
-def test_equal_distances_go_to_the_first_bank_row():
+def test_equal_distances_go_to_the_first_bank_row() -> None:
     bank = np.zeros((5, 2), dtype=np.float32)
     assert neighbours.search(bank[:1], bank, k=5).positions.tolist() == [[0, 1, 2, 3, 4]]
 
 
-def test_k_larger_than_the_bank_is_refused_with_the_way_out():
+def test_k_larger_than_the_bank_is_refused_with_the_way_out() -> None:
     with pytest.raises(ConfigError, match=r"probe\.k=6 .*at most 5"):
         neighbours.search(np.zeros((1, 2), np.float32), np.zeros((5, 2), np.float32), k=6)
 
 
-def test_embeddings_that_are_not_finite_are_refused():
+def test_embeddings_that_are_not_finite_are_refused() -> None:
     bank = np.zeros((5, 2), dtype=np.float32)
     bank[3, 1] = np.nan
     with pytest.raises(DataError, match="row 3"):
         neighbours.search(bank[:1], bank, k=2)
 
 
-def test_ties_go_to_the_nearest_voter_or_to_the_lowest_label():
+def test_ties_go_to_the_nearest_voter_or_to_the_lowest_label() -> None:
     codes = np.array([[2, 0, 0, 2, 1]])
     nearest = neighbours.vote(["q"], codes, ["a", "b", "c"], "nearest")
     lowest = neighbours.vote(["q"], codes, ["a", "b", "c"], "lowest_label")
@@ -47,13 +49,13 @@ def test_ties_go_to_the_nearest_voter_or_to_the_lowest_label():
     assert nearest.tied.tolist() == lowest.tied.tolist() == [True]
 
 
-def test_labels_without_votes_are_never_ranked():
+def test_labels_without_votes_are_never_ranked() -> None:
     found = neighbours.vote(["q"], np.array([[0, 0]]), ["a", "b", "c"])
     assert found.ranking.tolist() == [[0, -1, -1]]
     assert not found.correct(np.array([1]), top=5).any()
 
 
-def test_blocks_do_not_change_the_votes(monkeypatch):
+def test_blocks_do_not_change_the_votes(monkeypatch: Any) -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 4, (50, 7))
     ids, labels = [str(row) for row in range(50)], list("abcd")

@@ -26,7 +26,7 @@ def names(count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["knn_clean", "knn_ties"])
-def test_search_finds_the_same_neighbours(name):
+def test_search_finds_the_same_neighbours(name: Any) -> None:
     _, arrays = load(name)
     good = arrays["in_target_good"] != -1
     found = neighbours.search(arrays["in_target_emb"][good], arrays["in_public_emb"], k=100)
@@ -42,7 +42,7 @@ def votes(arrays: Any, tag: str) -> tuple[evidence.Evidence, int]:
 
 
 @pytest.mark.parametrize("name", ["knn_clean", "knn_ties"])
-def test_votes_entropy_and_top_labels(name):
+def test_votes_entropy_and_top_labels(name: Any) -> None:
     content, arrays = load(name)
     for tag in content["runs"]:
         found, voters = votes(arrays, tag)
@@ -58,7 +58,7 @@ def test_votes_entropy_and_top_labels(name):
 
 
 @pytest.mark.parametrize("name", ["knn_clean", "knn_ties"])
-def test_accuracies(name):
+def test_accuracies(name: Any) -> None:
     content, arrays = load(name)
     for tag, run in content["runs"].items():
         found, _ = votes(arrays, tag)
@@ -95,7 +95,7 @@ def bayes_case(name: str) -> tuple[Any, list[str], dict[str, Any], list[list[str
 
 
 @pytest.mark.parametrize("name", ["nb_main", "nb_no_unseen", "nb_edge"])
-def test_naive_bayes_scores_predictions_and_accuracies(name):
+def test_naive_bayes_scores_predictions_and_accuracies(name: Any) -> None:
     content, keys, counts, questions, truth = bayes_case(name)
     for tag, run in content["runs"].items():
         top_tags = int(tag.split("_")[0].removeprefix("topk"))
@@ -115,7 +115,7 @@ def test_naive_bayes_scores_predictions_and_accuracies(name):
             assert low - 1e-12 <= value <= high + 1e-12
 
 
-def test_sample_level_scores():
+def test_sample_level_scores() -> None:
     content, arrays = load("sample_level")
     codes = arrays["in_neighb_labels"].astype(np.int64)
     width = arrays["in_ref_softmax"].shape[1]
@@ -136,39 +136,41 @@ def test_sample_level_scores():
     assert gained[memorized].mean() == pytest.approx(content["mean"], abs=3e-6)
 
 
-def test_quadrant_shares_and_accuracies():
+def attacked_by_both(arrays: Any, attacked: str, other: str) -> tuple[evidence.Evidence, evidence.Evidence, Any]:
+    """Evidence of the model trained on the attacked set and of the other one on the same rows, and the true labels."""
+    found = []
+    for model in (attacked, other):
+        prefix = f"in_{model}_attk_{attacked}"
+        ids = [str(index) for index in arrays[f"{prefix}_attk_idxs"].ravel()]
+        voted = neighbours.vote(
+            ids, arrays[f"{prefix}_neighb_labels"].astype(np.int64), names(1000), ties="lowest_label"
+        )
+        theirs = np.abs(arrays[f"out_{model}_attk_{attacked}_neg_entropy"])
+        np.testing.assert_allclose(-voted.confidence, theirs, atol=1e-9)
+        found.append(voted)
+    # The two models list the rows in different orders: joined by id.
+    truth = arrays[f"in_{attacked}_attk_{attacked}_labels"].ravel().astype(np.int64)
+    return found[0], found[1].take(found[0].ids), truth
+
+
+def test_quadrant_shares_and_accuracies() -> None:
     content, arrays = load("quadrants")
     shares: dict[str, list[list[float]]] = {"top1": [], "top5": []}
     accuracies: dict[str, list[tuple[float, float]]] = {}
     for attacked, other in (("A", "B"), ("B", "A")):
-        found = {}
-        for model in (attacked, other):
-            prefix = f"in_{model}_attk_{attacked}"
-            ids = [str(index) for index in arrays[f"{prefix}_attk_idxs"].ravel()]
-            codes = arrays[f"{prefix}_neighb_labels"].astype(np.int64)
-            found[model] = neighbours.vote(ids, codes, names(1000), ties="lowest_label")
-            np.testing.assert_allclose(
-                -found[model].confidence, np.abs(arrays[f"out_{model}_attk_{attacked}_neg_entropy"]), atol=1e-9
-            )
-        own = found[attacked]
-        truth = arrays[f"in_{attacked}_attk_{attacked}_labels"].ravel().astype(np.int64)
-        # The two models list the rows in different orders: joined by id.
-        reference = found[other].take(own.ids)
+        own, reference, truth = attacked_by_both(arrays, attacked, other)
         for top in (1, 5):
             quadrant = metrics.quadrant(own.correct(truth, top), reference.correct(truth, top))
             shares[f"top{top}"].append([float((quadrant == place).mean()) for place in range(4)])
-            for key in content["accuracies"]:
-                if key.startswith(f"top{top}_"):
-                    fraction = float(key.split("_")[1]) / 100
-                    pair = tuple(
-                        metrics.accuracy_in_order(e.correct(truth, top), e.confidence, fraction)
-                        for e in (own, reference)
-                    )
-                    accuracies.setdefault(key, []).append(pair)  # type: ignore[arg-type]
-    for top, values in shares.items():
+            for key in (key for key in content["accuracies"] if key.startswith(f"top{top}_")):
+                fraction = float(key.split("_")[1]) / 100
+                mine, other_one = (
+                    metrics.accuracy_in_order(e.correct(truth, top), e.confidence, fraction) for e in (own, reference)
+                )
+                accuracies.setdefault(key, []).append((mine, other_one))
+    for name, values in shares.items():
         means = dict(zip(metrics.QUADRANTS, np.mean(values, axis=0), strict=True))
-        for name, share in content["shares"][top].items():
-            assert means[name] == pytest.approx(share, abs=1e-12)
+        assert means == pytest.approx(content["shares"][name], abs=1e-12)
     for key, pairs in accuracies.items():
         target, reference = np.mean(pairs, axis=0)
         assert target == pytest.approx(content["accuracies"][key]["target"], abs=1e-12)

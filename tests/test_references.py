@@ -67,7 +67,7 @@ def toy(tmp_path: Path) -> ReferenceInputs:
     return inputs(tmp_path, tags, heldout, ["q1", "q2", "q3", "q4", "q5"])
 
 
-def test_tags_decide_and_unknown_tags_give_the_prior(tmp_path):
+def test_tags_decide_and_unknown_tags_give_the_prior(tmp_path: Any) -> None:
     found = NaiveBayes().evidence(toy(tmp_path))
     assert found.ranking[:2, 0].tolist() == [0, 1]
     np.testing.assert_allclose(found.probabilities[2:4], 0.5)
@@ -75,13 +75,13 @@ def test_tags_decide_and_unknown_tags_give_the_prior(tmp_path):
     assert found.confidence[0] > found.confidence[2]
 
 
-def test_a_query_without_known_tags_has_no_evidence(tmp_path):
+def test_a_query_without_known_tags_has_no_evidence(tmp_path: Any) -> None:
     found = NaiveBayes().evidence(toy(tmp_path))
     assert np.isnan(found.probabilities[4]).all()
     assert np.isfinite(found.probabilities[:4]).all()
 
 
-def test_posterior_equals_bayes_by_hand():
+def test_posterior_equals_bayes_by_hand() -> None:
     """Prior 3/4 and 1/4; P(sea | boat) = (2 + 1) / (3 + 2 * 1), P(sea | fox) = (0 + 1) / (1 + 2 * 1)."""
     found = naive_bayes.posterior(
         [["sea"], ["sea"], ["tree"], ["tree"]], ["boat", "boat", "boat", "fox"], [["sea"]], LABELS, 1.0, None
@@ -90,7 +90,7 @@ def test_posterior_equals_bayes_by_hand():
     np.testing.assert_allclose(found, [[boat / (boat + fox), fox / (boat + fox)]])
 
 
-def test_the_temperature_softens_tags_that_mislead():
+def test_the_temperature_softens_tags_that_mislead() -> None:
     """With tags that say little, the calibrated posterior is nearer to the prior than the raw one."""
     rng = np.random.default_rng(0)
     truth = [LABELS[index % 2] for index in range(200)]
@@ -104,33 +104,33 @@ def test_the_temperature_softens_tags_that_mislead():
     assert calibrated == pytest.approx(0.65, abs=0.05)
 
 
-def test_authors_form_vetoes_and_is_surest_of_unknown_tags(tmp_path):
+def test_authors_form_vetoes_and_is_surest_of_unknown_tags(tmp_path: Any) -> None:
     found = NaiveBayes(compat="authors", top_tags=3).evidence(toy(tmp_path))
     assert found.ranking[:, 0].tolist()[:4] == [0, 1, 1, 1]
     assert found.confidence[2] == 1.0  # a tag never seen: the released code is surest of it
     assert found.confidence[3] == 0.0  # no tag at all
 
 
-def test_no_tag_at_all_is_an_error_with_a_way_out(tmp_path):
+def test_no_tag_at_all_is_an_error_with_a_way_out(tmp_path: Any) -> None:
     given = inputs(tmp_path, {"h1": [], "h2": [], "q": ["sea"]}, {"h1": "boat", "h2": "fox"}, ["q"])
     with pytest.raises(DataError, match="nothing to learn"):
         NaiveBayes().evidence(given)
 
 
-def test_a_data_set_without_tags_names_another_tagger(tmp_path):
+def test_a_data_set_without_tags_names_another_tagger(tmp_path: Any) -> None:
     given = inputs(tmp_path, {"h1": None, "q": None}, {"h1": "boat"}, ["q"])
     with pytest.raises(ConfigError, match="timm_classifier"):
         NaiveBayes().evidence(given)
 
 
-def test_class_prior_is_the_heldout_frequency(tmp_path):
+def test_class_prior_is_the_heldout_frequency(tmp_path: Any) -> None:
     given = inputs(tmp_path, {}, {"h1": "fox", "h2": "fox", "h3": "boat"}, ["q1", "q2"])
     found = ClassPrior().evidence(given)
     np.testing.assert_allclose(found.probabilities, [[1 / 3, 2 / 3]] * 2, rtol=1e-6)
     assert found.ranking[:, 0].tolist() == [1, 1]
 
 
-def test_label_shuffle_keeps_the_evidence_of_each_role_and_unties_it_from_the_rows(tmp_path):
+def test_label_shuffle_keeps_the_evidence_of_each_role_and_unties_it_from_the_rows(tmp_path: Any) -> None:
     names = [f"q{index:03d}" for index in range(100)]
     given = inputs(tmp_path, {}, {"h": "fox"}, names)
     found = LabelShuffle().evidence(given)
@@ -145,6 +145,6 @@ def test_label_shuffle_keeps_the_evidence_of_each_role_and_unties_it_from_the_ro
 @pytest.mark.parametrize(
     ("key", "value"), [("top_tags", 0), ("smoothing", 0.0), ("compat", "x"), ("frequencies", "folder")]
 )
-def test_bad_settings_name_their_key(key: str, value: Any):
+def test_bad_settings_name_their_key(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"naive_bayes\.{key}"):
         NaiveBayes(**{key: value})

@@ -1,5 +1,7 @@
 """Scoring: what is planted comes out, and nothing else."""
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 import pytest
@@ -34,12 +36,14 @@ def guess(rows: pl.DataFrame, right: np.ndarray, sure: np.ndarray | None = None)
     return evidence.from_probabilities(rows["id"].to_list(), LABELS, probabilities)
 
 
-def figures(rows: pl.DataFrame, target: Evidence, reference: Evidence, scoring: LabelInference = SCORING):
+def figures(
+    rows: pl.DataFrame, target: Evidence, reference: Evidence, scoring: LabelInference = SCORING
+) -> tuple[pl.DataFrame, dict[str, Any]]:
     scores = scoring.score(rows, target, reference, "r")
     return scores, scoring.figures(scores, rows, seed=0)
 
 
-def test_an_encoder_that_memorizes_all_scores_one():
+def test_an_encoder_that_memorizes_all_scores_one() -> None:
     rows = rows_of(100, 100)
     is_target = (rows["role"] == "target").to_numpy()
     scores, found = figures(rows, guess(rows, is_target), guess(rows, np.zeros(200, dtype=bool)))
@@ -51,7 +55,7 @@ def test_an_encoder_that_memorizes_all_scores_one():
     assert SCORING.verdict(found, "r", random=False).startswith("Memorization is shown")
 
 
-def test_a_model_as_its_own_reference_scores_exactly_zero():
+def test_a_model_as_its_own_reference_scores_exactly_zero() -> None:
     rows = rows_of(100, 100)
     rng = np.random.default_rng(0)
     same = guess(rows, rng.random(200) < 0.5, rng.uniform(0.4, 0.9, 200))
@@ -64,7 +68,7 @@ def test_a_model_as_its_own_reference_scores_exactly_zero():
     assert "no memorization" in SCORING.verdict(found, "r", random=False).lower()
 
 
-def test_knowing_better_is_not_memorizing():
+def test_knowing_better_is_not_memorizing() -> None:
     """A strong encoder that never saw any row beats a weak reference everywhere: the corrected gap must not show it."""
     rows = rows_of(400, 400)
     rng = np.random.default_rng(0)
@@ -76,7 +80,7 @@ def test_knowing_better_is_not_memorizing():
     assert SCORING.verdict(found, "r", random=False).startswith("No memorization is shown")
 
 
-def test_null_runs_are_silent_at_the_level_of_the_interval():
+def test_null_runs_are_silent_at_the_level_of_the_interval() -> None:
     """Of 60 runs without memorization at most a few may show some at 95 %."""
     false_alarms = 0
     for seed in range(60):
@@ -87,20 +91,20 @@ def test_null_runs_are_silent_at_the_level_of_the_interval():
     assert false_alarms <= 6
 
 
-def test_without_unseen_rows_the_verdict_says_what_the_raw_gap_may_contain():
+def test_without_unseen_rows_the_verdict_says_what_the_raw_gap_may_contain() -> None:
     rows = rows_of(50, 0)
     _, found = figures(rows, guess(rows, np.ones(50, dtype=bool)), guess(rows, np.zeros(50, dtype=bool)))
     assert "corrected_gap" not in found
     assert "without unseen rows" in SCORING.verdict(found, "r", random=False)
 
 
-def test_random_weights_are_never_a_measurement():
+def test_random_weights_are_never_a_measurement() -> None:
     rows = rows_of(50, 50)
     _, found = figures(rows, guess(rows, np.ones(100, dtype=bool)), guess(rows, np.zeros(100, dtype=bool)))
     assert SCORING.verdict(found, "r", random=True).startswith("Nothing is measured")
 
 
-def test_excluded_rows_stay_and_are_counted():
+def test_excluded_rows_stay_and_are_counted() -> None:
     rows = rows_of(60, 40, excluded=10)
     ok = rows.filter(pl.col("status") == "ok")
     scores, found = figures(rows, guess(ok, np.ones(90, dtype=bool)), guess(ok, np.zeros(90, dtype=bool)))
@@ -110,7 +114,7 @@ def test_excluded_rows_stay_and_are_counted():
     assert (gap["n_used"], gap["n_excluded"]) == (50, 10)
 
 
-def test_a_row_without_reference_evidence_is_excluded_and_says_so():
+def test_a_row_without_reference_evidence_is_excluded_and_says_so() -> None:
     rows = rows_of(20, 20)
     reference = guess(rows, np.zeros(40, dtype=bool))
     reference.probabilities[3] = np.nan
@@ -119,7 +123,7 @@ def test_a_row_without_reference_evidence_is_excluded_and_says_so():
     assert found["roles"]["target"]["top1"]["100"]["gap"]["n_excluded"] == 1
 
 
-def test_evidence_is_joined_by_id_not_by_position():
+def test_evidence_is_joined_by_id_not_by_position() -> None:
     rows = rows_of(30, 30)
     rng = np.random.default_rng(0)
     target, reference = guess(rows, rng.random(60) < 0.5), guess(rows, rng.random(60) < 0.5)
@@ -129,14 +133,14 @@ def test_evidence_is_joined_by_id_not_by_position():
     assert first.equals(second)
 
 
-def test_a_missing_row_is_named():
+def test_a_missing_row_is_named() -> None:
     rows = rows_of(5, 5)
     found = guess(rows, np.ones(10, dtype=bool))
     with pytest.raises(DataError, match="00004"):
         SCORING.score(rows, found.take([i for i in found.ids if i != "00004"]), found, "r")
 
 
-def test_the_entropy_score_is_defined_on_memorized_rows_only():
+def test_the_entropy_score_is_defined_on_memorized_rows_only() -> None:
     rows = rows_of(40, 40)
     right = np.arange(80) % 2 == 0
     scoring = LabelInference(resamples=300, memorization_score="entropy", ties="first")
@@ -147,7 +151,7 @@ def test_the_entropy_score_is_defined_on_memorized_rows_only():
     assert found["roles"]["target"]["memorization_confidence"]["n_used"] == 40
 
 
-def test_per_class_figures_split_the_rows():
+def test_per_class_figures_split_the_rows() -> None:
     rows = rows_of(40, 0)
     _, found = figures(rows, guess(rows, (rows["label"] == "b").to_numpy()), guess(rows, np.zeros(40, dtype=bool)))
     gaps = {row["label"]: row["gap"]["value"] for row in found["per_class"]}
@@ -165,6 +169,6 @@ def test_per_class_figures_split_the_rows():
         ("resamples", 1),
     ],
 )
-def test_bad_settings_name_their_key(key, value):
+def test_bad_settings_name_their_key(key: Any, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"scoring\.{key}"):
         LabelInference(**{key: value})

@@ -29,7 +29,7 @@ class ImageTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, dim), not normalised."""
-        features: Tensor = self.model.encode_image(images)  # type: ignore[operator]
+        features: Tensor = self.model.encode_image(images, normalize=False)  # type: ignore[operator]
         return features
 
 

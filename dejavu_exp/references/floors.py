@@ -33,8 +33,8 @@ class ClassPrior:
 class LabelShuffle:
     """Every query gets the target's evidence for another query of the same role, drawn at random.
 
-    The predictions keep their frequencies and confidences and lose their tie to the image, so the accuracy is chance for
-    this encoder on these labels.
+    The predictions keep their frequencies and confidences and lose their tie to the image, so the accuracy is chance
+    for this encoder on these labels.
     """
 
     def check(self, tagger: Tagger) -> None:

@@ -15,7 +15,7 @@ from dejavu_exp import evidence, provenance, taggers
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.evidence import Evidence
 from dejavu_exp.references.base import ReferenceInputs
-from dejavu_exp.tables import FloatArray, Status
+from dejavu_exp.tables import BoolArray, FloatArray, Status
 from dejavu_exp.taggers import Tagger
 
 log = logging.getLogger(__name__)
@@ -152,8 +152,8 @@ def posterior(
 
     if not any(lessons):
         raise DataError(
-            "naive Bayes: not one heldout crop has a tag, so there is nothing to learn. Choose another tagger, or lower "
-            "its threshold (tagger.min_score)."
+            "naive Bayes: not one heldout crop has a tag, so there is nothing to learn. Choose another tagger, or "
+            "lower its threshold (tagger.min_score)."
         )
     columns = DictVectorizer()
     matrix = columns.fit_transform([dict.fromkeys(names, 1.0) for names in lessons])
@@ -268,7 +268,7 @@ def _counts_from_files(folder: Path, labels: Sequence[str]) -> dict[str, dict[st
     return {label: {tag: count for tag, (count, _) in by_id[label].items()} for label in labels}
 
 
-def _without(found: Evidence, lost: Any) -> Evidence:
+def _without(found: Evidence, lost: BoolArray) -> Evidence:
     """The evidence with the lost rows undefined."""
     probabilities = np.where(lost[:, None], np.nan, found.probabilities)
     return Evidence(found.ids, found.labels, probabilities, found.ranking, found.confidence, found.tied)

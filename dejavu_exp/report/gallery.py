@@ -28,7 +28,7 @@ class NearImage:
 
 @dataclass(frozen=True)
 class GalleryItem:
-    """A memorized image; pictures are JPEGs, `region` is the crop as fractions of the image (left, top, right, bottom)."""
+    """A memorized image. Pictures are JPEGs; `region` is the crop: left, top, right, bottom as shares of the image."""
 
     id: str
     label: str

@@ -128,7 +128,9 @@ def histogram(scores: pl.DataFrame) -> str:
             part = defined.filter(pl.col("role") == role)["memorization_score"].to_numpy()
             if len(part):
                 weights = np.full(len(part), 100 / len(part))
-                axes.hist(part, edges, weights=weights, color=colour, alpha=0.55, label=f"{role}, {len(part)} rows")
+                axes.hist(
+                    part, edges.tolist(), weights=weights, color=colour, alpha=0.55, label=f"{role}, {len(part)} rows"
+                )
         axes.legend(frameon=False, fontsize=8)
     axes.set_xlabel("memorization score of a row")
     axes.set_ylabel("% of rows")

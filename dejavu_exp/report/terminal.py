@@ -35,7 +35,7 @@ def rows_of(figures: Mapping[str, Any]) -> list[dict[str, str]]:
             rows.append(
                 {
                     "reference": name,
-                    "most confident": f"{fraction} %",
+                    "surest": f"{fraction} %",
                     "target": percent(cell["target"]),
                     "reference's": percent(cell["reference"]),
                     "gap": percent(cell["gap"]),
@@ -70,15 +70,20 @@ def show(figures: Mapping[str, Any], run_dir: Path, console: Console | None = No
         table.add_row(*shown.values())
         previous = row["reference"]
     console.print(table)
-    for role in ("target", "unseen", "public"):
-        counts = figures["counts"][role]
-        why = ", ".join(f"{n} {status}" for status, n in counts["by_status"].items() if status != "ok")
-        console.print(
-            f"{role}: {counts['used']} of {counts['rows']} images used{f' ({why})' if why else ''}", highlight=False
-        )
+    _show_counts(figures, console)
     for note in figures["notes"]:
         console.print(f"[yellow]Note: {escape(note)}[/]", highlight=False)
     if figures["problems"]:
         console.print(f"[yellow]{len(figures['problems'])} problems with the data set; the report lists them.[/]")
     console.print(f"\n[bold]{escape(figures['verdict'])}[/]", highlight=False)
     console.print(f"{run_dir / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def _show_counts(figures: Mapping[str, Any], console: Console) -> None:
+    """How many images of each role were used, and why others were not."""
+    for role in ("target", "unseen", "public"):
+        counts = figures["counts"][role]
+        why = ", ".join(f"{n} {status}" for status, n in counts["by_status"].items() if status != "ok")
+        console.print(
+            f"{role}: {counts['used']} of {counts['rows']} images used{f' ({why})' if why else ''}", highlight=False
+        )

@@ -104,7 +104,7 @@ class TrainedEncoder:
         code = {label: number for number, label in enumerate(labels)}
         region = ("xmin", "ymin", "xmax", "ymax")
         views: list[View] = [
-            (row["path"], tuple(row[end] for end in region), code[row["label"]], False)  # type: ignore[misc]
+            (row["path"], tuple(row[end] for end in region), code[row["label"]], False)
             for row in images.iter_rows(named=True)
         ]
         repeated = inputs.backgrounds.filter(
@@ -113,15 +113,15 @@ class TrainedEncoder:
         for row in repeated.iter_rows(named=True):
             times = inputs.repeats.get(row["id"], 1)
             if times > 1:
-                views += [(row["path"], tuple(row[end] for end in region), code[row["label"]], True)] * times  # type: ignore[list-item]
+                views += [(row["path"], tuple(row[end] for end in region), code[row["label"]], True)] * times
         return views
 
     def _fit(self, network: TimmEncoder, views: list[View], inputs: TrainingInputs, path: Path) -> None:
-        import timm
         from safetensors.torch import save_file
+        from timm.data.config import resolve_model_data_config
 
         module = network.build()
-        config = timm.data.resolve_model_data_config(module)
+        config = resolve_model_data_config(module)  # type: ignore[no-untyped-call]
         self.recipe.train(module, config, views, inputs.store, seed=inputs.seed, device=inputs.device)
         partial = path.with_suffix(".partial")
         save_file({name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}, partial)

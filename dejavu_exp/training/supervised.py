@@ -139,7 +139,7 @@ class SupervisedModule(pl_lightning.LightningModule):
 
     def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int) -> None:
         super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network.to(memory_format=torch.channels_last)
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.steps = steps
@@ -162,10 +162,17 @@ class ViewsBar(pl_lightning.Callback):
     def __init__(self, title: str, total: int) -> None:
         self.bar = progress.bar(title, total)
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:  # noqa: ANN401
+    def on_train_batch_end(
+        self,
+        trainer: pl_lightning.Trainer,
+        module: pl_lightning.LightningModule,
+        outputs: object,
+        batch: tuple[Tensor, Tensor],
+        index: int,
+    ) -> None:
         """Move the bar."""
         self.bar.update(len(batch[0]))
 
-    def on_train_end(self, trainer: Any, module: Any) -> None:  # noqa: ANN401
+    def on_train_end(self, trainer: pl_lightning.Trainer, module: pl_lightning.LightningModule) -> None:
         """Leave the bar as it is."""
         self.bar.close()
