@@ -172,7 +172,7 @@ class BackgroundCrop:
     """The largest rectangle of background beside all boxes.
 
     Attributes:
-        min_side_px: the shorter side of a usable crop, pixels. With compat "authors" it must be exceeded.
+        min_side_px: the shorter side of a usable crop is above this, pixels.
         compat: "corrected" takes the true largest rectangle and refuses boxes that leave the image or have no area;
             "authors" follows the released code, see `authors_rectangle`. A rectangle that ends below the image is cut
             at its border, as slicing does; one that starts outside is refused, as their code fails on it.
@@ -208,8 +208,8 @@ class BackgroundCrop:
             return None, Status.BOX_OUTSIDE, misplaced
         rect = largest_rectangle(width, height, boxes)
         side = min(rect[2] - rect[0], rect[3] - rect[1]) if rect else 0
-        if rect is None or side < self.min_side_px:
-            return None, Status.TOO_SMALL, f"best shorter side {side} px is below {self.min_side_px} px"
+        if rect is None or side <= self.min_side_px:
+            return None, Status.TOO_SMALL, f"best shorter side {side} px is not above {self.min_side_px} px"
         return rect, Status.OK, ""
 
     def _authors_region(self, width: int, height: int, boxes: Boxes) -> Region:

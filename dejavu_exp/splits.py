@@ -26,7 +26,7 @@ class Split(Protocol):
 
     @property
     def min_side_px(self) -> int:
-        """Smallest side of a usable background crop, pixels; read by the view."""
+        """A usable background crop has its smallest side above this, pixels; read by the view."""
         ...
 
     def assign(self, rows: pl.DataFrame, seed: int) -> pl.DataFrame:
@@ -132,7 +132,7 @@ class PerClassSplit:
         shared: images per class that train all encoders trained here; those without boxes first.
         public: images per class in the bank; null for all that is left.
         unseen: images per class that no encoder saw; null for all there are. They need boxes.
-        min_side_px: smallest side of a usable background crop, pixels; read by the view.
+        min_side_px: a usable background crop has its smallest side above this, pixels; read by the view.
         fit_origin: the part of the data set that encoders are trained on; gives target, heldout, shared and public.
         unseen_origin: the part that gives unseen; the same as fit_origin where the data set has no other with boxes.
     """
@@ -201,7 +201,7 @@ class AuthorsSplit:
     Attributes:
         num_per_class: images per class in each of the two training sets (target + shared, heldout + shared).
         unseen: images per class that no encoder saw; null for all there are. They need boxes.
-        min_side_px: smallest side of a usable background crop, pixels; read by the view.
+        min_side_px: a usable background crop has its smallest side above this, pixels; read by the view.
         fit_origin: the part of the data set that gives target, heldout, shared and public.
         unseen_origin: the part that gives unseen; another one, since all that is left of fit_origin is public.
     """
@@ -257,7 +257,7 @@ class NpySplit:
         shared: path of the file of images that train all encoders; null for none.
         public: path of the file of images in the bank; null for all rows of fit_origin without another role.
         unseen: path of the file of images that no encoder saw; null for all rows of unseen_origin.
-        min_side_px: smallest side of a usable background crop, pixels; read by the view.
+        min_side_px: a usable background crop has its smallest side above this, pixels; read by the view.
         fit_origin: the part of the data set that gives target, heldout, shared and public.
         unseen_origin: the part that gives unseen.
     """

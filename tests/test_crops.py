@@ -88,11 +88,11 @@ def test_the_authors_rule_misses_what_crosses_an_edge() -> None:
     assert crops.largest_rectangle(100, 100, boxes) == (0, 30, 100, 100)
 
 
-def test_background_threshold_is_inclusive_and_the_authors_strict() -> None:
+def test_background_threshold_must_be_exceeded() -> None:
     boxes = [[30, 0, 100, 100]]
-    assert BackgroundCrop(30).region(100, 100, boxes) == ((0, 0, 30, 100), Status.OK, "")
+    assert BackgroundCrop(29).region(100, 100, boxes) == ((0, 0, 30, 100), Status.OK, "")
     assert BackgroundCrop(29, "authors").region(100, 100, boxes) == ((0, 0, 30, 100), Status.OK, "")
-    for rule in (BackgroundCrop(31), BackgroundCrop(30, "authors")):
+    for rule in (BackgroundCrop(30), BackgroundCrop(30, "authors")):
         region, status, detail = rule.region(100, 100, boxes)
         assert (region, status) == (None, Status.TOO_SMALL)
         assert "30 px" in detail

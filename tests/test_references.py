@@ -95,13 +95,15 @@ def test_the_temperature_softens_tags_that_mislead() -> None:
     rng = np.random.default_rng(0)
     truth = [LABELS[index % 2] for index in range(200)]
     # The same weak clue five times over: naive Bayes counts it as five independent ones.
-    clues = ["s" if (rng.random() < 0.65) == (label == "boat") else "t" for label in truth]
+    clues = ["s" if (rng.random() < 0.7) == (label == "boat") else "t" for label in truth]
     lessons = [[f"{clue}{copy}" for copy in range(5)] for clue in clues]
     question = [[f"s{copy}" for copy in range(5)]]
     raw = naive_bayes.posterior(lessons, truth, question, LABELS, 1.0, None)[0, 0]
     calibrated = naive_bayes.posterior(lessons, truth, question, LABELS, 1.0, 0)[0, 0]
     assert raw > 0.8
-    assert calibrated == pytest.approx(0.65, abs=0.05)
+    # The clue is right this often, and no more can be known from it.
+    right = np.mean([(clue == "s") == (label == "boat") for clue, label in zip(clues, truth, strict=True)])
+    assert calibrated == pytest.approx(right, abs=0.05)
 
 
 def test_authors_form_vetoes_and_is_surest_of_unknown_tags(tmp_path: Any) -> None:
