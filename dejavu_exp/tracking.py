@@ -29,7 +29,8 @@ class WandbTracking:
         project: the W&B project.
         entity: user or team; null for the default one.
         group: groups the runs of a sweep.
-        mode: "auto" (online where logged in, offline otherwise; never asks), "online", "offline" or "disabled".
+        mode: "auto" (what WANDB_MODE says where it is set, else online where logged in), "online", "offline" or
+            "disabled". Where online cannot be had the run is kept offline; nobody is asked.
         images: also upload the gallery. Off by default: memorized images may be private.
     """
 
@@ -60,7 +61,7 @@ class WandbTracking:
             gallery: most memorized images, uploaded only where `images` is set.
             config: the resolved configuration.
         """
-        if self.mode == "disabled":
+        if self._wanted() == "disabled":
             return
         try:
             self._log(figures, scores, run_dir, gallery, config)
@@ -90,15 +91,17 @@ class WandbTracking:
             reinit="finish_previous",
         ) as run:
             table = comparison(figures)
-            columns: list[str | int] = list(table[0])
-            compared = wandb.Table(columns=columns, data=[[row[str(column)] for column in columns] for row in table])
+            columns: list[str | int] = list(dict.fromkeys(column for row in table for column in row))
+            compared = wandb.Table(
+                columns=columns, data=[[row.get(str(column)) for column in columns] for row in table]
+            )
             run.log(
                 {
                     "comparison": compared,
                     "comparison_chart": wandb.plot.bar(
                         compared,
                         "reference",
-                        "corrected_gap" if "corrected_gap" in columns else "gap",
+                        next(column for column in _chartable(figures) if column in columns),
                         title="Gap by reference",
                     ),
                     **{f"{name}/curve": _curve(wandb, name, found) for name, found in figures["references"].items()},
@@ -111,14 +114,37 @@ class WandbTracking:
             run.summary.update({"verdict": figures["verdict"], "random_weights": figures["encoder"]["random"]})
             run.summary.update(dict(flat(figures)))
 
+    def _wanted(self) -> str:
+        """The mode asked for: with "auto", W&B's own WANDB_MODE decides where it is set."""
+        return os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+
     def _mode(self) -> Literal["online", "offline"]:
-        """The mode that "auto" stands for; asks nobody."""
+        """Online where that is wanted and possible, offline otherwise; asks nobody."""
         import wandb
 
-        wanted = os.environ.get("WANDB_MODE") if self.mode == "auto" else self.mode
-        if wanted in ("online", "offline"):
-            return "online" if wanted == "online" else "offline"
-        return "online" if wandb.login(prompt=False) else "offline"
+        wanted = self._wanted()
+        if wanted in ("offline", "dryrun"):
+            return "offline"
+        try:
+            if wandb.login(prompt=False):
+                return "online"
+            reason = "not logged in" if wanted == "online" else None
+        except Exception as error:  # no network, or a key that W&B refuses: an offline run can still be sent later
+            reason = str(error)
+        if reason:
+            log.warning("Weights & Biases: %s; the run is kept offline, send it with `wandb sync`.", reason)
+        return "offline"
+
+
+def _suffix(percent: str) -> str:
+    return "" if percent == "100" else f"_{percent}_percent"
+
+
+def _chartable(figures: Mapping[str, Any]) -> tuple[str, str]:
+    """Columns of the comparison to chart, the first that is there: at the largest confident share reported."""
+    found = next(iter(figures["references"].values()))
+    suffix = _suffix(max(found["roles"]["target"]["top1"], key=float))
+    return f"corrected_gap{suffix}", f"gap{suffix}"
 
 
 def comparison(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -127,7 +153,7 @@ def comparison(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     for name, found in figures["references"].items():
         row: dict[str, Any] = {"reference": name}
         for percent, cell in found["roles"]["target"]["top1"].items():
-            suffix = "" if percent == "100" else f"_{percent}_percent"
+            suffix = _suffix(percent)
             unseen = found["roles"].get("unseen", {}).get("top1", {}).get(percent, {}).get("gap")
             corrected = found.get("corrected_gap", {}).get("top1", {}).get(percent)
             for kind, estimate in zip(COMPARED, (cell["gap"], unseen, corrected), strict=True):

@@ -79,6 +79,15 @@ def item() -> GalleryItem:
     )
 
 
+def without_all_rows(facts: dict[str, Any]) -> dict[str, Any]:
+    """As with scoring.fractions=[0.2, 0.05]."""
+    for found in facts["references"].values():
+        for top in ("top1", "top5"):
+            for cells in (*found["roles"].values(), found["corrected_gap"]):
+                del cells[top]["100"]
+    return facts
+
+
 class Page(HTMLParser):
     """Tags, links and text of a page."""
 
@@ -148,6 +157,33 @@ def test_the_terminal_shows_gaps_counts_and_notes(tmp_path: Path) -> None:
         assert row["gap"] in shown
     for part in ("RANDOM WEIGHTS", "the verdict", "80 of 83 images used (3 too_small)", "a note"):
         assert part in shown
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("name", ["prior", "naive_bayes", "two_model_with_a_long_name"])
+def test_no_width_cuts_a_figure_short(tmp_path: Path, width: int, name: str) -> None:
+    facts, _ = figures()
+    facts["references"] = {name: facts["references"]["naive_bayes"]}
+    facts["headline"] = name
+    stream = io.StringIO()
+    terminal.show(facts, tmp_path, Console(file=stream, width=width, force_terminal=True, color_system=None))
+    words = stream.getvalue().split()
+    for row in terminal.rows_of(facts):
+        for column in ("gap", "gap, unseen", "corrected gap"):
+            assert set(row[column].split()) <= set(words)
+
+
+def test_fractions_without_all_rows_have_a_report() -> None:
+    facts, scores = figures()
+    text = " ".join(Page(html.render(without_all_rows(facts), scores, [])).texts)
+    assert "gap, top 1, surest 20 %" in text
+
+
+def test_the_rows_behind_each_figure_are_told() -> None:
+    facts, scores = figures()
+    assert {row["rows"] for row in terminal.rows_of(facts)} == {"80 + 60"}
+    facts["references"]["naive_bayes"]["roles"]["target"]["top1"]["100"]["gap"]["n_excluded"] = 7
+    assert "80 + 60 (7 excluded)" in " ".join(Page(html.render(facts, scores, [])).texts)
 
 
 def test_a_run_folder_gets_three_whole_files(tmp_path: Path) -> None:

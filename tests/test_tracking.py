@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import figures, item
+from test_report import figures, item, without_all_rows
 
 from dejavu_exp import tracking
 from dejavu_exp.errors import ConfigError
@@ -48,6 +48,47 @@ def test_logged_out_means_offline_without_a_question(tmp_path: Path, monkeypatch
     assert row["gap"] == pytest.approx(found["roles"]["target"]["top1"]["100"]["gap"]["value"])
     assert row["corrected_gap_20_percent_low"] == pytest.approx(found["corrected_gap"]["top1"]["20"]["low"])
     assert not list(run.rglob("*.png"))  # images only on request
+
+
+def refuse_login(*_: Any, **__: Any) -> bool:
+    raise ConnectionError("no way out of this node")
+
+
+def test_online_without_a_key_is_kept_offline_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    facts, scores = figures()
+    WandbTracking(mode="online").log(facts, scores, tmp_path, [], {})
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+    assert "not logged in" in caplog.text
+    assert "wandb sync" in caplog.text
+
+
+def test_a_key_without_network_is_kept_offline_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("wandb.login", refuse_login)
+    facts, scores = figures()
+    WandbTracking().log(facts, scores, tmp_path, [], {})
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 1
+    assert "no way out of this node" in caplog.text
+
+
+def test_the_environment_can_disable_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    facts, scores = figures()
+    WandbTracking().log(facts, scores, tmp_path, [], {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_references_and_fractions_may_differ(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    facts, scores = figures()
+    found = without_all_rows(facts)["references"]
+    found["uncorrected"] = {name: part for name, part in found["naive_bayes"].items() if name != "corrected_gap"}
+    WandbTracking(mode="offline").log(facts, scores, tmp_path, [], {})
+    compared = tables(tmp_path)["comparison"]
+    place = compared["columns"].index("corrected_gap_20_percent")
+    value = found["naive_bayes"]["corrected_gap"]["top1"]["20"]["value"]
+    assert [row[place] for row in compared["data"]] == [pytest.approx(value), None]
+    assert not [record for record in caplog.records if record.name == "dejavu_exp.tracking"]
 
 
 def test_images_are_uploaded_on_request(tmp_path: Path) -> None:

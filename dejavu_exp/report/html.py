@@ -12,7 +12,7 @@ import polars as pl
 
 from dejavu_exp.report import plots
 from dejavu_exp.report.gallery import GalleryItem
-from dejavu_exp.report.terminal import percent, rows_of
+from dejavu_exp.report.terminal import percent, rows_of, widest
 
 MOST_CLASSES = 50
 
@@ -45,11 +45,13 @@ def render(figures: Mapping[str, Any], scores: pl.DataFrame, gallery: Sequence[G
         }
         for name, found in figures["references"].items()
     }
+    fraction = widest(figures)
     return template.render(
         f=figures,
         rows=rows_of(figures),
         references=references,
-        gaps=plots.gaps(figures),
+        gaps=plots.gaps(figures, fraction),
+        widest=fraction,
         gallery=gallery,
         config=json.dumps(figures["run"]["config"], indent=2),
         level=100 * figures["run"]["config"].get("scoring", {}).get("level", 0.95),

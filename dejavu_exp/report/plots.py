@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TARGET, REFERENCE, UNSEEN = "#b3261e", "#1f5fa8", "#7a7a7a"
+CORRECTED, INTERVAL = "#3f6b4f", "#000000"
 QUADRANT_COLOURS = ("#b3261e", "#e8a33d", "#1f5fa8", "#d9d9d9")
 
 
@@ -47,31 +48,37 @@ def _percent(value: float | None) -> float:
     return float("nan") if value is None else 100 * value
 
 
-def gaps(figures: Mapping[str, Any]) -> str:
-    """Raw, unseen and corrected gap of every reference, all rows, with intervals."""
+def gaps(figures: Mapping[str, Any], fraction: str) -> str:
+    """Raw, unseen and corrected gap of every reference with intervals, at one confident share ("100": all rows)."""
     names = list(figures["references"])
-    figure, axes = _figure(7.2, 1.0 + 2.2)
-    for offset, (title, colour) in enumerate(
-        (("gap, target rows", TARGET), ("gap, unseen rows", UNSEEN), ("corrected gap", "#222222"))
-    ):
+    figure, axes = _figure(7.2, 1.0 + 0.62 * len(names))
+    kinds = (("gap, target rows", TARGET), ("gap, unseen rows", UNSEEN), ("corrected gap", CORRECTED))
+    for offset, (title, colour) in enumerate(kinds):
         for place, name in enumerate(names):
-            found = figures["references"][name]
-            estimate = (
-                found["roles"]["target"]["top1"]["100"]["gap"],
-                found["roles"].get("unseen", {}).get("top1", {}).get("100", {}).get("gap"),
-                found.get("corrected_gap", {}).get("top1", {}).get("100"),
-            )[offset]
+            estimate = _gaps_of(figures["references"][name], fraction)[offset]
             if estimate is None or estimate["value"] is None:
                 continue
             value, low, high = (_percent(estimate[key]) for key in ("value", "low", "high"))
-            x = place + 0.26 * (offset - 1)
-            axes.bar(x, value, 0.24, color=colour, label=title if place == 0 else None)
-            axes.plot([x, x], [low, high], color="black", linewidth=1.2)
-    axes.axhline(0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("percentage points")
-    axes.legend(frameon=False, fontsize=8)
+            y = place + 0.26 * (offset - 1)
+            axes.barh(y, value, 0.24, color=colour)
+            axes.plot([low, high], [y, y], color=INTERVAL, linewidth=1.4)
+        axes.barh(0, 0, color=colour, label=title)  # in the legend even where no reference has this gap
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axes.set_xlabel(f"percentage points, {fraction} % most confident rows")
+    axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return _uri(figure)
+
+
+def _gaps_of(found: Mapping[str, Any], fraction: str) -> tuple[Mapping[str, Any] | None, ...]:
+    return (
+        found["roles"]["target"]["top1"][fraction]["gap"],
+        found["roles"].get("unseen", {}).get("top1", {}).get(fraction, {}).get("gap"),
+        found.get("corrected_gap", {}).get("top1", {}).get(fraction),
+    )
 
 
 def curve(role: Mapping[str, Any], name: str) -> str:
@@ -81,12 +88,13 @@ def curve(role: Mapping[str, Any], name: str) -> str:
     x = found["percent"]
     reference = np.array([_percent(value) for value in found["reference"]])
     low, high = (np.array([_percent(value) for value in found[key]]) for key in ("gap_low", "gap_high"))
-    axes.fill_between(x, reference + low, reference + high, color=TARGET, alpha=0.15, linewidth=0)
+    band = np.clip([reference + low, reference + high], 0, 100)
+    axes.fill_between(x, band[0], band[1], color=TARGET, alpha=0.15, linewidth=0)
     axes.plot(x, [_percent(value) for value in found["target"]], color=TARGET, marker=".", label="encoder under test")
     axes.plot(x, reference, color=REFERENCE, marker=".", label=name)
     axes.set_xlabel("most confident rows, %")
     axes.set_ylabel("accuracy, %")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, min(axes.get_ylim()[1], 102))
     axes.legend(frameon=False, fontsize=8)
     return _uri(figure)
 
