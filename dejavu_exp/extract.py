@@ -268,16 +268,16 @@ class ShardFolder:
                 "reason": reasons,
             }
         ).replace_schema_metadata({"key": self.key, "checksum": checksum(ids, values, reasons)})
-        partial = self.path(shard).with_suffix(".partial")
         try:
-            with partial.open("wb") as stream, pa.ipc.new_file(stream, table.schema) as writer:
+            with (
+                tables.whole(self.path(shard)) as partial,
+                partial.open("wb") as stream,
+                pa.ipc.new_file(stream, table.schema) as writer,
+            ):
                 writer.write_table(table)
-            os.replace(partial, self.path(shard))
-        except OSError as error:
-            partial.unlink(missing_ok=True)
+        except DataError as error:
             raise DataError(
-                f"cannot write {self.path(shard)}: {error}. Finished shards are kept: free some space or set "
-                "trainer.cache to another disk, and run the same command again."
+                f"{error} Finished shards are kept; trainer.cache can name another disk. Then run the command again."
             ) from error
 
     def _load(self, shard: int) -> tuple[Float32Array, list[str]] | None:

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 import yaml
 
-from dejavu_exp import neighbours, report, stages, training
+from dejavu_exp import neighbours, report, stages, tables, training
 from dejavu_exp.references.base import ReferenceInputs
 from dejavu_exp.report import gallery
 from dejavu_exp.stages import MEASURED, Plan, Stopwatch
@@ -27,7 +27,7 @@ def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         What figures.json holds.
     """
     clock = Stopwatch()
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
+    tables.write_text(yaml.safe_dump(dict(config), sort_keys=False), run_dir / "config.yaml")
     with clock.stage("check"):
         encoder = training.load_if_ready(plan.model)
         for reference in plan.references.values():

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -197,20 +198,35 @@ def validate(frame: pl.DataFrame, schema: Schema, name: str, key: str = "id") ->
 
 
 def write(frame: pl.DataFrame, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write a Parquet table under a temporary name, then rename: a reader never sees half a table."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    """Write a Parquet table; it appears whole or not at all.
+
+    Raises:
+        DataError: there is no room, or no permission.
+    """
     described = {key: json.dumps(value, sort_keys=True) for key, value in (metadata or {}).items()}
-    try:
+    with whole(path) as partial:
         frame.write_parquet(partial, metadata={"schema_version": str(SCHEMA_VERSION), **described})
-        os.replace(partial, path)
-    except OSError as error:
-        raise DataError(f"cannot write {path}: {error}. Free some space or choose another folder.") from error
+
+
+def write_text(text: str, path: Path) -> None:
+    """Write a text file; it appears whole or not at all. Raises as `write`."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(value: object, path: Path) -> None:
-    """Write JSON with sorted keys under a temporary name, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write JSON with sorted keys; raises as `write`, and ValueError where a figure is NaN instead of null."""
+    write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", path)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write to, renamed to `path` at the end: a reader never sees half a file."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise DataError(f"cannot write {path}: {error}. Free some space or choose another folder.") from error

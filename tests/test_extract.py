@@ -187,7 +187,7 @@ def test_a_full_disk_is_told_and_finished_shards_stay(extractor: Extractor, monk
     opened = Path.open
 
     def open_on_full_disk(path: Path, *arguments: Any, **more: Any) -> Any:
-        full = path.name.startswith("000001") and path.suffix == ".partial"
+        full = path.name.startswith(".000001") and path.suffix == ".partial"
         return opened(Path("/dev/full") if full else path, *arguments, **more)
 
     with monkeypatch.context() as patch:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,7 @@ def write(run_dir: Path, figures: Mapping[str, Any], scores: pl.DataFrame, galle
         scores, run_dir / "scores.parquet", {"commit": figures["run"]["commit"], "versions": figures["run"]["versions"]}
     )
     tables.write_json(figures, run_dir / "figures.json")
-    partial = run_dir / ".report.html.partial"
-    partial.write_text(html.render(figures, scores, gallery), encoding="utf-8")
-    os.replace(partial, run_dir / "report.html")
+    tables.write_text(html.render(figures, scores, gallery), run_dir / "report.html")
 
 
 def show(figures: Mapping[str, Any], run_dir: Path) -> None:

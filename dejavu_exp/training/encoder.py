@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import polars as pl
 from filelock import FileLock
 
-from dejavu_exp import provenance
+from dejavu_exp import provenance, tables
 from dejavu_exp.datasets.stores import ImageStore
 from dejavu_exp.encoders import Encoder, LoadedEncoder, TimmEncoder
 from dejavu_exp.errors import ConfigError, DataError
@@ -123,9 +122,8 @@ class TrainedEncoder:
         module = network.build()
         config = resolve_model_data_config(module)  # type: ignore[no-untyped-call]
         self.recipe.train(module, config, views, inputs.store, seed=inputs.seed, device=inputs.device)
-        partial = path.with_suffix(".partial")
-        save_file({name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}, partial)
-        os.replace(partial, path)
+        with tables.whole(path) as partial:
+            save_file({name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}, partial)
 
 
 def load_if_ready(encoder: Encoder | TrainedEncoder) -> LoadedEncoder | None:
