@@ -283,7 +283,7 @@ def notes(plan: Plan, views: Views, encoder: LoadedEncoder) -> list[str]:
         found.append(
             "There are no usable unseen rows, so the gap cannot be corrected for what the encoder knows better."
         )
-    if plan.tagger.encoder is not None and plan.tagger.encoder == plan.model:
+    if _same_network(plan.tagger.encoder, plan.model):
         found.append("The tagger is the encoder under test: it may have memorized the images whose tags it names.")
     uncut = views.rows.filter(pl.col("content").is_not_null(), pl.col("role") != Role.SHARED)
     twins = uncut.filter(pl.col("content").is_duplicated())
@@ -293,6 +293,12 @@ def notes(plan: Plan, views: Views, encoder: LoadedEncoder) -> list[str]:
             f"{len(crossing)} image files occur in more than one role, byte for byte; the roles are not disjoint."
         )
     return found
+
+
+def _same_network(first: object, second: object) -> bool:
+    """True where both have the same architecture and weights, whatever is read out of them."""
+    parts = [(getattr(part, "arch", None), getattr(part, "weights", None)) for part in (first, second)]
+    return parts[0] == parts[1] and None not in parts[0]
 
 
 def _unreadable(views: pl.DataFrame, most: int = 20) -> list[str]:

@@ -47,3 +47,4 @@ def test_counts_add_up_and_a_better_encoder_alone_is_no_memorization(tmp_path: P
     assert figures["references"]["naive_bayes"]["roles"]["target"]["top1"]["100"]["target"]["low"] > 0.1
     assert figures["verdict"].startswith("No memorization is shown")
     assert figures["encoder"]["random"] is False
+    assert any("tagger is the encoder under test" in note for note in figures["notes"])
