@@ -4,7 +4,7 @@ VENV ?= .venv
 FAISS ?= cpu
 BIN := $(VENV)/bin
 
-.PHONY: help run test lint bench clean
+.PHONY: help run test lint bench replicate clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -35,6 +35,10 @@ lint: $(VENV)/.dev  ## style, types and the import rule
 
 bench: $(VENV)/.dev  ## time the measurement's own parts side by side with other ways, in one run
 	$(BIN)/python benchmarks/compare.py
+
+DATA ?= data
+replicate: $(VENV)/.run  ## the paper's comparison on 20 classes of Tiny ImageNet in DATA, half an hour; resumes; writes docs/results.md
+	$(BIN)/python benchmarks/replicate.py --data $(DATA)
 
 clean:  ## remove the environment, build products and outputs
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis outputs/cache outputs/runs outputs/sweeps

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import os
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dejavu_exp.errors import ConfigError
+from dejavu_exp.errors import ConfigError, DejavuError
 
 if typing.TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -21,7 +24,7 @@ _PACKAGED = Path(__file__).parent / "conf"
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "conf"
 """Where the configuration groups are: inside the package in a wheel, beside it in a source tree."""
 
-PARTS = ("model", "dataset", "split", "probe", "tagger", "scoring", "trainer", "tracking")
+PARTS = ("model", "dataset", "split", "probe", "tagger", "scoring", "trainer", "training", "utility", "tracking")
 
 
 @dataclass
@@ -38,7 +41,20 @@ class Schema:
     tagger: Any = None
     scoring: Any = None
     trainer: Any = None
+    training: Any = None
+    utility: Any = None
     tracking: Any = None
+
+
+@contextmanager
+def spoken_errors() -> Iterator[None]:
+    """End the program with one sentence for an error that has one; with HYDRA_FULL_ERROR=1, with the traceback."""
+    try:
+        yield
+    except DejavuError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def register() -> None:

@@ -6,37 +6,59 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as pl_lightning
+
+NOISE = (
+    "does not have many workers",  # whether more would help is for the configuration to say
+    "LeafSpec",
+    "have no `val_dataloader`",
+    "lr_scheduler.step.*before.*optimizer.step",
+    "The epoch parameter in `scheduler.step",
+)
+"""Warnings of Lightning and PyTorch that a user can do nothing about."""
+
+
+def hush() -> None:
+    """Silence Lightning in this process; a spawned one has to do so for itself."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
 
 
 @contextmanager
 def quiet_trainer(
-    device: str, callback: pl_lightning.Callback, *more: pl_lightning.Callback, epochs: int = 1, bfloat16: bool = False
+    device: str,
+    *callbacks: pl_lightning.Callback,
+    bfloat16: bool = False,
+    devices: int = 1,
+    **options: Any,  # noqa: ANN401
 ) -> Iterator[pl_lightning.Trainer]:
     """A Lightning trainer that says nothing: tables, caches and progress bars are ours to write.
 
     Args:
         device: "cpu" or "cuda".
-        callback: called during the run.
-        more: likewise.
-        epochs: passes over the data, for training.
+        callbacks: called during the run.
         bfloat16: run under bfloat16 autocast.
+        devices: processes, one a device. Several are spawned, never by running the command line again, which would
+            start a sweep a second time.
+        options: further options of Lightning's trainer.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        # Whether more workers would help is for trainer.workers to say.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        hush()
         yield pl_lightning.Trainer(
             accelerator="gpu" if device == "cuda" else "cpu",
-            devices=1,
+            devices=devices,
+            strategy="ddp_spawn" if devices > 1 else "auto",
+            sync_batchnorm=devices > 1 and device == "cuda",
             precision="bf16-mixed" if bfloat16 else "32-true",
-            max_epochs=epochs,
-            callbacks=[callback, *more],
+            callbacks=list(callbacks),
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            **options,
         )

@@ -69,6 +69,15 @@ def n_confident(n_rows: int, fraction: float) -> int:
     return max(1, int(fraction * n_rows + CONFIDENCE_TOLERANCE))
 
 
+def percent_key(fraction: float) -> str:
+    """A confident fraction as the figures name it, in %.
+
+    >>> percent_key(1.0), percent_key(0.05), percent_key(0.125)
+    ('100', '5', '12.5')
+    """
+    return f"{100 * fraction:g}"
+
+
 def confident_means(
     values: npt.NDArray[Any], confidence: FloatArray, fractions: Sequence[float], weights: FloatArray | None = None
 ) -> FloatArray:

@@ -119,6 +119,21 @@ def vote(ids: Sequence[str], codes: IntArray, labels: Sequence[str], ties: Ties 
     return evidence.from_probabilities(ids, labels, counts / np.float32(k), tie_order, -metrics.entropy(counts))
 
 
+def label_codes(bank_labels: Sequence[str], labels: Sequence[str], positions: IntArray) -> IntArray:
+    """The label of each neighbour as a position in `labels`, shape as `positions`.
+
+    Args:
+        bank_labels: M labels, of the bank's rows.
+        labels: C labels, sorted, that hold all of them.
+        positions: rows of the bank.
+
+    >>> label_codes(["fox", "boat"], ["boat", "fox"], np.array([[0, 1]])).tolist()
+    [[1, 0]]
+    """
+    codes = np.searchsorted(np.array(labels), np.array(bank_labels))
+    return np.asarray(codes[positions], dtype=np.int64)
+
+
 @dataclass(frozen=True)
 class KnnProbe:
     """What the adversary holds and how the bank answers: the query view, and k-nearest-neighbour votes.

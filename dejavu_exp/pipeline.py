@@ -9,10 +9,9 @@ from typing import Any
 import polars as pl
 import yaml
 
-from dejavu_exp import neighbours, report, stages, tables, training
-from dejavu_exp.references.base import ReferenceInputs
+from dejavu_exp import agreement, neighbours, report, stages, tables, training
 from dejavu_exp.report import gallery
-from dejavu_exp.stages import MEASURED, Plan, Stopwatch
+from dejavu_exp.stages import Plan, Stopwatch
 
 
 def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,40 +30,42 @@ def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     with clock.stage("check"):
         encoder = training.load_if_ready(plan.model)
         for reference in plan.references.values():
-            reference.check(plan.tagger)
+            reference.check(plan.tagger, plan.model)
     with clock.stage("data"):
         views = stages.prepare(plan)
+        lessons = stages.training_inputs(plan, views)
     with clock.stage("encoder"):
-        encoder = encoder or stages.train(plan, views)
+        encoder = encoder or stages.train(plan, lessons)
     with clock.stage("embeddings"):
         views, queries, bank = stages.embed(plan, views, encoder)
         measured = views.measured()
     with clock.stage("neighbours"):
         near = neighbours.search(queries.values, bank.values, plan.probe.k, plan.probe.metric)
-        codes = stages.label_codes(views, near.positions)
+        codes = neighbours.label_codes(views.public()["label"].to_list(), views.labels(), near.positions)
         target = neighbours.vote(measured["id"].to_list(), codes, views.labels(), plan.probe.ties)
-    with clock.stage("references"):
-        inputs = ReferenceInputs(
-            queries=measured,
-            heldout=views.heldout(),
-            target=target,
-            labels=views.labels(),
-            manifest=views.manifest,
-            extractor=plan.trainer,
-            tagger=plan.tagger,
-            seed=plan.seed,
+    inputs = stages.reference_inputs(plan, views, encoder, target, lessons)
+    scores, measures = {}, {}
+    for name, reference in plan.references.items():
+        with clock.stage(f"references/{name}"):
+            found = reference.evidence(inputs)
+            other = reference.other_direction(inputs)
+        with clock.stage("scores"):
+            scores[name] = stages.score(plan, views, target, found, other, name)
+            measures[name] = plan.scoring.figures(scores[name], views.rows, plan.seed)
+    everything = pl.concat(scores.values())
+    with clock.stage("agreement"):
+        agreed = agreement.compare_references(
+            everything, plan.scoring.fractions, plan.scoring.level, plan.scoring.resamples, plan.seed
         )
-        evidence = {name: reference.evidence(inputs) for name, reference in plan.references.items()}
-    with clock.stage("scores"):
-        rows = views.queries.filter(pl.col("role").is_in(MEASURED))
-        scores = {name: plan.scoring.score(rows, target, found, name) for name, found in evidence.items()}
-        measures = {name: plan.scoring.figures(found, views.rows, plan.seed) for name, found in scores.items()}
-    facts = stages.timed(stages.collect(plan, views, encoder, target, measures, config), clock)
+        correlated = agreement.correlated_by_all(everything, views.manifest.rows)
+    with clock.stage("utility"):
+        useful = stages.utility(plan, views, encoder, bank)
+    facts = stages.collect(plan, views, encoder, target, measures, agreed, useful, config)
+    facts = stages.timed(facts, clock)
     shown = gallery.most_memorized(
         scores[facts["headline"]], measured, views.public(), near, views.manifest, views.rows, plan.gallery
     )
-    everything = pl.concat(scores.values())
-    report.write(run_dir, facts, everything, shown)
+    report.write(run_dir, facts, everything, shown, correlated)
     report.show(facts, run_dir)
-    plan.tracking.log(facts, everything, run_dir, shown, config)
+    plan.tracking.log(facts, everything, run_dir, shown, config, training.curves(lessons))
     return facts

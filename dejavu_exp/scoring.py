@@ -119,17 +119,21 @@ class LabelInference:
             seed: of the bootstrap.
 
         Returns:
-            JSON-ready: per role accuracies and gaps, quadrants, curve; the corrected gap; per class; planted truth.
+            JSON-ready: per role accuracies and gaps, quadrants, curve; the corrected gap; with heldout rows, whose
+            target is the reference's encoder, the gap averaged over both directions; per class; planted truth.
         """
         draws = {
             role: self._draws(scores.filter(pl.col("role") == role), seed, role)
-            for role in (Role.TARGET, Role.UNSEEN)
+            for role in (Role.TARGET, Role.UNSEEN, Role.HELDOUT)
             if len(scores.filter(pl.col("role") == role))
         }
         result: dict[str, Any] = {"roles": {str(role): self._role_figures(d) for role, d in draws.items()}}
         if Role.UNSEEN in draws and draws[Role.UNSEEN]["gaps"].n_used:
             corrected = draws[Role.TARGET]["gaps"] - draws[Role.UNSEEN]["gaps"]
             result["corrected_gap"] = self._by_top_and_percent(corrected.estimates(self.level))
+        if Role.HELDOUT in draws:
+            both = mean_of(draws[Role.TARGET]["gaps"], draws[Role.HELDOUT]["gaps"])
+            result["both_directions"] = self._by_top_and_percent(both.estimates(self.level))
         target_scores = scores.filter(pl.col("role") == Role.TARGET)
         result["per_class"] = self._per_class(target_scores, seed)
         if {"planted_repeats", "background"} <= set(images.columns):
@@ -186,7 +190,7 @@ class LabelInference:
         )
 
     def _by_top_and_percent(self, estimates: list[Estimate]) -> dict[str, dict[str, Any]]:
-        percents = [f"{100 * fraction:g}" for fraction in self.fractions]
+        percents = [metrics.percent_key(fraction) for fraction in self.fractions]
         rows = iter(estimates)
         return {top: {percent: next(rows).as_dict() for percent in percents} for top in TOPS}
 
@@ -267,7 +271,7 @@ class LabelInference:
         """One sentence: what the figures show, and what they do not."""
         if random:
             return "Nothing is measured: the encoder's weights are random; its figures say nothing of a trained model."
-        top = f"{100 * max(self.fractions):g}"
+        top = metrics.percent_key(max(self.fractions))
         raw = figures["roles"][Role.TARGET]["top1"][top]["gap"]
         if raw["value"] is None:
             return "Nothing is measured: no target row could be used; the counts by status say why."
@@ -296,6 +300,16 @@ class LabelInference:
 def paired(first: Draws, second: Draws) -> Draws:
     """The difference of two figures on the same resamples of the same rows."""
     return Draws(first.value - second.value, first.samples - second.samples, first.n_used, first.n_excluded)
+
+
+def mean_of(first: Draws, second: Draws) -> Draws:
+    """The mean of a figure over two independent sets of rows."""
+    return Draws(
+        (first.value + second.value) / 2,
+        (first.samples + second.samples) / 2,
+        first.n_used + second.n_used,
+        first.n_excluded + second.n_excluded,
+    )
 
 
 def _points(estimate: Mapping[str, Any]) -> str:

@@ -9,23 +9,23 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import polars as pl
 
-from dejavu_exp import crops, images, provenance
+from dejavu_exp import crops, images, provenance, tables
 from dejavu_exp.datasets.base import Dataset, Manifest
 from dejavu_exp.encoders import Encoder, LoadedEncoder
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.evidence import Evidence
 from dejavu_exp.extract import Embeddings, Extractor
 from dejavu_exp.neighbours import KnnProbe
-from dejavu_exp.references.base import Reference
+from dejavu_exp.references.base import OtherDirection, Reference, ReferenceInputs
 from dejavu_exp.scoring import LabelInference
 from dejavu_exp.splits import Split
-from dejavu_exp.tables import IntArray, Role, Status
+from dejavu_exp.tables import Role, Status
 from dejavu_exp.taggers import Tagger
 from dejavu_exp.tracking import WandbTracking
-from dejavu_exp.training import TrainedEncoder, TrainingInputs
+from dejavu_exp.training import TrainedEncoder, TrainingInputs, TrainingSettings
+from dejavu_exp.utility import Utility
 
 MEASURED = (Role.TARGET, Role.UNSEEN)
 
@@ -42,6 +42,8 @@ class Plan:
     tagger: Tagger
     scoring: LabelInference
     trainer: Extractor
+    training: TrainingSettings
+    utility: Utility
     tracking: WandbTracking
     seed: int
     gallery: int
@@ -94,10 +96,10 @@ class Stopwatch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage."""
+        """Time a stage; one that comes several times is added up."""
         start = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
+        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)
 
 
 def prepare(plan: Plan) -> Views:
@@ -143,25 +145,39 @@ def _check(views: Views, plan: Plan) -> None:
         )
 
 
-def train(plan: Plan, views: Views) -> LoadedEncoder:
+def training_inputs(plan: Plan, views: Views) -> TrainingInputs:
+    """What training may look at.
+
+    Raises:
+        DataError: a reference would be trained on a copy of a measured image.
+    """
+    rows = views.rows
+    if "planted_repeats" not in rows.columns:
+        rows = rows.with_columns(planted_repeats=pl.lit(1))
+    inputs = TrainingInputs(
+        model=plan.model,
+        images=crops.views(views.rows, crops.FullImage()),
+        backgrounds=views.queries,
+        labels=views.labels(),
+        repeats=dict(rows.select("id", "planted_repeats").drop_nulls().iter_rows()),
+        store=views.manifest.store,
+        cache=plan.trainer.cache,
+        device=plan.trainer.device,
+        seed=plan.seed,
+        settings=plan.training,
+        folders={},
+    )
+    if any(reference.is_trained for reference in plan.references.values()):
+        # Found before any training, which may take days.
+        inputs.heldout()
+    return inputs
+
+
+def train(plan: Plan, inputs: TrainingInputs) -> LoadedEncoder:
     """Train the encoder that the configuration asks to train on this data set."""
     if not isinstance(plan.model, TrainedEncoder):
         raise TypeError("only an encoder trained here can be trained")
-    repeats = views.rows.filter(pl.col("role") == Role.TARGET)
-    repeats = (
-        repeats if "planted_repeats" in repeats.columns else repeats.clear().with_columns(planted_repeats=pl.lit(1))
-    )
-    return plan.model.train(
-        TrainingInputs(
-            images=crops.views(views.rows, crops.FullImage()),
-            backgrounds=views.queries,
-            repeats=dict(repeats.select("id", "planted_repeats").drop_nulls().iter_rows()),
-            store=views.manifest.store,
-            cache=plan.trainer.cache,
-            device=plan.trainer.device,
-            seed=plan.seed,
-        )
-    )
+    return plan.model.train(inputs)
 
 
 def embed(plan: Plan, views: Views, encoder: LoadedEncoder) -> tuple[Views, Embeddings, Embeddings]:
@@ -191,10 +207,49 @@ def _without_unreadable(views: pl.DataFrame, reasons: Mapping[str, str]) -> pl.D
     )
 
 
-def label_codes(views: Views, positions: IntArray) -> IntArray:
-    """The label of each neighbour as a position in `views.labels()`, shape as `positions`."""
-    codes = np.searchsorted(np.array(views.labels()), views.public()["label"].to_numpy().astype(str))
-    return np.asarray(codes[positions], dtype=np.int64)
+def reference_inputs(
+    plan: Plan, views: Views, encoder: LoadedEncoder, target: Evidence, training: TrainingInputs
+) -> ReferenceInputs:
+    """All a reference may look at."""
+    return ReferenceInputs(
+        queries=views.measured(),
+        heldout=views.heldout(),
+        bank=views.public(),
+        probe=plan.probe,
+        target=target,
+        encoder=encoder,
+        labels=views.labels(),
+        manifest=views.manifest,
+        extractor=plan.trainer,
+        tagger=plan.tagger,
+        training=training,
+        seed=plan.seed,
+    )
+
+
+def score(
+    plan: Plan, views: Views, target: Evidence, reference: Evidence, other: OtherDirection | None, name: str
+) -> pl.DataFrame:
+    """Scores of the measured rows against one reference; with the other direction, of the heldout rows too.
+
+    There the second encoder is the target, and the encoder under test is its reference.
+    """
+    rows = views.queries.filter(pl.col("role").is_in(MEASURED))
+    scores = plan.scoring.score(rows, target, reference, name)
+    if other is None:
+        return scores
+    heldout = views.queries.filter(pl.col("role") == Role.HELDOUT)
+    lost = (pl.col("status") == Status.OK) & ~pl.col("id").is_in(other.rows["id"].implode())
+    heldout = heldout.with_columns(status=pl.when(lost).then(pl.lit(str(Status.NO_EVIDENCE))).otherwise("status"))
+    return pl.concat([scores, plan.scoring.score(heldout, other.target, other.reference, name)])
+
+
+def utility(plan: Plan, views: Views, encoder: LoadedEncoder, bank: Embeddings) -> list[dict[str, Any]]:
+    """What the encoder is good for, on whole unseen images."""
+    unseen = crops.views(views.rows.filter(pl.col("role") == Role.UNSEEN), crops.FullImage())
+    return plan.utility.measure(
+        encoder, plan.model, views.public(), bank.values, unseen, plan.trainer, views.manifest, plan.probe, plan.seed
+    )
 
 
 def status_counts(views: pl.DataFrame, role: Role) -> dict[str, int]:
@@ -208,6 +263,8 @@ def collect(
     encoder: LoadedEncoder,
     target: Evidence,
     measures: Mapping[str, dict[str, Any]],
+    agreement: dict[str, Any],
+    useful: list[dict[str, Any]],
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All that figures.json holds, but the times.
@@ -218,6 +275,8 @@ def collect(
         encoder: as loaded.
         target: evidence of the encoder.
         measures: figures of each reference, in the order of the configuration.
+        agreement: of the references with each other.
+        useful: accuracies of the encoder on whole images.
         config: resolved.
     """
     headline = next(iter(measures))
@@ -241,7 +300,11 @@ def collect(
             used = by_status.get(Status.OK, 0)
         rows = sum(by_status.values())
         counts[str(role)] = {"rows": rows, "used": used, "excluded": rows - used, "by_status": by_status}
+    trained = plan.model if isinstance(plan.model, TrainedEncoder) else None
+    images_listed = views.manifest.rows.sort("id").drop("path")
+    dealt = views.rows.select("id", "role", "content").sort("id")
     return {
+        "schema": tables.FIGURES_VERSION,
         "title": f"{encoder.description.split(',')[0]} on {views.manifest.name}",
         "verdict": references[headline]["verdict"],
         "headline": headline,
@@ -252,12 +315,16 @@ def collect(
             "weights": encoder.weights,
             "weights_hash": encoder.weights_hash,
             "random": encoder.random,
+            "trained_here": trained is not None,
+            "epoch": (trained.epoch or trained.recipe.epochs) if trained else None,
         },
         "dataset": {
             "name": views.manifest.name,
             "rows": len(views.manifest.rows),
             "labels": views.manifest.rows["label"].n_unique(),
+            "hash": provenance.hash_table(images_listed),
         },
+        "split": {"hash": provenance.hash_table(dealt)},
         "probe": {
             "view": plan.probe.query.name,
             "k": plan.probe.k,
@@ -269,6 +336,8 @@ def collect(
         },
         "counts": counts,
         "references": references,
+        "agreement": agreement,
+        "utility": useful,
         "run": {"versions": provenance.versions(), "commit": provenance.commit(), "config": dict(config)},
     }
 

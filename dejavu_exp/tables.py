@@ -21,6 +21,9 @@ from dejavu_exp.errors import DataError
 SCHEMA_VERSION = 1
 """Part of every cache key: raise it when a column or its meaning changes."""
 
+FIGURES_VERSION = 2
+"""Stands in figures.json as `schema`: raise it when a key or its meaning changes."""
+
 Schema: TypeAlias = Mapping[str, pl.DataType | type[pl.DataType]]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 FloatArray: TypeAlias = npt.NDArray[np.float64]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import polars as pl
@@ -14,11 +15,16 @@ import polars as pl
 from dejavu_exp.errors import ConfigError
 
 if TYPE_CHECKING:
+    import wandb
+
     from dejavu_exp.report.gallery import GalleryItem
 
 log = logging.getLogger(__name__)
 
 COMPARED = ("gap", "unseen_gap", "corrected_gap")
+WHOLE_RUN = ("corrected_gap", "both_directions", "planted")
+"""Parts of a reference's figures that stand beside the roles."""
+NO_CURVES: Mapping[str, pl.DataFrame] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class WandbTracking:
         run_dir: Path,
         gallery: Sequence[GalleryItem],
         config: Mapping[str, Any],
+        training: Mapping[str, pl.DataFrame] = NO_CURVES,
     ) -> None:
         """Log one run. A failure of W&B is a warning.
 
@@ -60,59 +67,61 @@ class WandbTracking:
             run_dir: the run's folder; W&B writes below it.
             gallery: most memorized images, uploaded only where `images` is set.
             config: the resolved configuration.
+            training: loss curves of networks trained for this run, as for `log_training`.
         """
-        if self._wanted() == "disabled":
-            return
-        try:
-            self._log(figures, scores, run_dir, gallery, config)
-        except Exception as error:
-            log.warning("Weights & Biases: %s. The results are in %s all the same.", error, run_dir)
+
+        def fill(run: wandb.Run) -> None:
+            run.log(_media(figures, scores))
+            if self.images:
+                run.log({"most_memorized": [_picture(item) for item in gallery]})
+            _log_curves(run, training)
+            run.summary.update({"verdict": figures["verdict"], "random_weights": figures["encoder"]["random"]})
+            run.summary.update(dict(flat(figures)))
+
+        self._log(fill, figures["title"], None, config, run_dir)
+
+    def log_training(self, training: Mapping[str, pl.DataFrame], config: Mapping[str, Any], folder: Path) -> None:
+        """Log loss curves alone, of a command that only trains. A failure of W&B is a warning.
+
+        Args:
+            training: by name of the network, with the columns step and any others, such as epoch, loss and
+                learning_rate; logged as `training/<name>/<column>` against `training/<name>/step`.
+            config: the resolved configuration.
+            folder: W&B writes below it.
+        """
+        if training:
+            self._log(lambda run: _log_curves(run, training), ", ".join(training), "train", config, folder)
 
     def _log(
         self,
-        figures: Mapping[str, Any],
-        scores: pl.DataFrame,
-        run_dir: Path,
-        gallery: Sequence[GalleryItem],
+        fill: Callable[[wandb.Run], None],
+        title: str,
+        job_type: str | None,
         config: Mapping[str, Any],
+        folder: Path,
     ) -> None:
-        import wandb
+        """Open a run and fill it, unless tracking is disabled."""
+        if self._wanted() == "disabled":
+            return
+        try:
+            import wandb
 
-        settings = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
-        with wandb.init(
-            project=self.project,
-            entity=self.entity,
-            group=self.group,
-            name=figures["title"],
-            dir=str(run_dir),
-            mode=self._mode(),
-            config=dict(config),
-            settings=settings,
-            reinit="finish_previous",
-        ) as run:
-            table = comparison(figures)
-            columns: list[str | int] = list(dict.fromkeys(column for row in table for column in row))
-            compared = wandb.Table(
-                columns=columns, data=[[row.get(str(column)) for column in columns] for row in table]
-            )
-            run.log(
-                {
-                    "comparison": compared,
-                    "comparison_chart": wandb.plot.bar(
-                        compared,
-                        "reference",
-                        next(column for column in _chartable(figures) if column in columns),
-                        title="Gap by reference",
-                    ),
-                    **{f"{name}/curve": _curve(wandb, name, found) for name, found in figures["references"].items()},
-                    **{f"{name}/per_class": _per_class(wandb, found) for name, found in figures["references"].items()},
-                    **_histograms(wandb, scores),
-                }
-            )
-            if self.images:
-                run.log({"most_memorized": [_picture(wandb, item) for item in gallery]})
-            run.summary.update({"verdict": figures["verdict"], "random_weights": figures["encoder"]["random"]})
-            run.summary.update(dict(flat(figures)))
+            settings = wandb.Settings(silent=True, console="off", disable_git=True, x_disable_stats=True)
+            with wandb.init(
+                project=self.project,
+                entity=self.entity,
+                group=self.group,
+                name=title,
+                job_type=job_type,
+                dir=str(folder),
+                mode=self._mode(),
+                config=dict(config),
+                settings=settings,
+                reinit="finish_previous",
+            ) as run:
+                fill(run)
+        except Exception as error:
+            log.warning("Weights & Biases: %s. The results are in %s all the same.", error, folder)
 
     def _wanted(self) -> str:
         """The mode asked for: with "auto", W&B's own WANDB_MODE decides where it is set."""
@@ -165,11 +174,16 @@ def comparison(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def flat(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Every estimate as `<reference>/<role>/<top>/<percent>/<figure>` and its ends."""
+    """Every estimate as `<reference>/<role>/<top>/<percent>/<figure>` and its ends; utility as `utility/<measure>`.
+
+    Figures of pairs of references are in tables instead, see `agreement` and `differences`.
+    """
     stack: list[tuple[str, Any]] = [
-        (name, {**found["roles"], "corrected_gap": found.get("corrected_gap", {}), "planted": found.get("planted", {})})
+        (name, {**found["roles"], **{part: found[part] for part in WHOLE_RUN if part in found}})
         for name, found in figures["references"].items()
     ]
+    stack += [(f"utility/{item['measure']}", item["estimate"]) for item in figures.get("utility", [])]
+    stack.append(("agreement/correlated_by_all", figures.get("agreement", {}).get("correlated_by_all")))
     while stack:
         path, value = stack.pop()
         if not isinstance(value, Mapping):
@@ -181,7 +195,78 @@ def flat(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
             stack += [(f"{path}/{key}", item) for key, item in value.items() if key != "curve"]
 
 
-def _curve(wandb: Any, name: str, found: Mapping[str, Any]) -> Any:  # noqa: ANN401
+def agreement(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per two references: each measure of how far they agree, with its interval and rows."""
+    return [
+        {"first": pair["first"], "second": pair["second"]}
+        | {
+            name if end == "value" else f"{name}_{end}": value
+            for name, estimate in pair.items()
+            if isinstance(estimate, Mapping) and "value" in estimate
+            for end, value in estimate.items()
+        }
+        for pair in figures.get("agreement", {}).get("pairs", [])
+    ]
+
+
+def differences(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per two references and confident share: gap to the first less gap to the second, with its interval."""
+    rows = []
+    for pair in figures.get("agreement", {}).get("pairs", []):
+        for percent in pair["target"]:
+            row: dict[str, Any] = {"first": pair["first"], "second": pair["second"], "percent": float(percent)}
+            for kind in ("target", "unseen", "corrected"):
+                if kind in pair:
+                    estimate = pair[kind][percent]
+                    row |= {kind: estimate["value"], **{f"{kind}_{end}": estimate[end] for end in ("low", "high")}}
+            rows.append(row)
+    return rows
+
+
+def _log_curves(run: wandb.Run, training: Mapping[str, pl.DataFrame]) -> None:
+    """Each curve against its own steps: networks are trained one after the other."""
+    for name, curve in training.items():
+        base = f"training/{name}"
+        run.define_metric(f"{base}/step", hidden=True)
+        for column in curve.columns:
+            if column != "step":
+                run.define_metric(f"{base}/{column}", step_metric=f"{base}/step")
+        for row in curve.iter_rows(named=True):
+            run.log({f"{base}/{column}": value for column, value in row.items() if value is not None})
+
+
+def _media(figures: Mapping[str, Any], scores: pl.DataFrame) -> dict[str, Any]:
+    """Tables, charts and histograms of a run."""
+    import wandb
+
+    compared = _table(comparison(figures))
+    paired = {"agreement": agreement(figures), "differences": differences(figures)}
+    return {
+        "comparison": compared,
+        "comparison_chart": wandb.plot.bar(
+            compared,
+            "reference",
+            next(column for column in _chartable(figures) if column in compared.columns),
+            title="Gap by reference",
+        ),
+        **{name: _table(rows) for name, rows in paired.items() if rows},
+        **{f"{name}/curve": _curve(name, found) for name, found in figures["references"].items()},
+        **{f"{name}/per_class": _per_class(found) for name, found in figures["references"].items()},
+        **_histograms(scores),
+    }
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> wandb.Table:
+    """Rows as a table; a row may lack a column."""
+    import wandb
+
+    columns: list[str | int] = list(dict.fromkeys(column for row in rows for column in row))
+    return wandb.Table(columns=columns, data=[[row.get(str(column)) for column in columns] for row in rows])
+
+
+def _curve(name: str, found: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    import wandb
+
     curve = found["roles"]["target"]["curve"]
     return wandb.plot.line_series(
         xs=curve["percent"],
@@ -192,18 +277,20 @@ def _curve(wandb: Any, name: str, found: Mapping[str, Any]) -> Any:  # noqa: ANN
     )
 
 
-def _per_class(wandb: Any, found: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    columns = ["label", "name", "n_used", "target", "reference", "gap", "gap_low", "gap_high"]
-    data = [
-        [row["label"], row["name"], row["gap"]["n_used"]]
-        + [row[key]["value"] for key in ("target", "reference", "gap")]
-        + [row["gap"][end] for end in ("low", "high")]
-        for row in found["per_class"]
-    ]
-    return wandb.Table(columns=columns, data=data)
+def _per_class(found: Mapping[str, Any]) -> wandb.Table:
+    return _table(
+        [
+            {"label": row["label"], "name": row["name"], "n_used": row["gap"]["n_used"]}
+            | {key: row[key]["value"] for key in ("target", "reference", "gap")}
+            | {f"gap_{end}": row["gap"][end] for end in ("low", "high")}
+            for row in found["per_class"]
+        ]
+    )
 
 
-def _histograms(wandb: Any, scores: pl.DataFrame) -> dict[str, Any]:  # noqa: ANN401
+def _histograms(scores: pl.DataFrame) -> dict[str, Any]:
+    import wandb
+
     defined = scores.filter(pl.col("memorization_score").is_not_null())
     return {
         f"{name}/{role}/memorization_score_histogram": wandb.Histogram(rows["memorization_score"].to_list())
@@ -211,9 +298,10 @@ def _histograms(wandb: Any, scores: pl.DataFrame) -> dict[str, Any]:  # noqa: AN
     }
 
 
-def _picture(wandb: Any, item: GalleryItem) -> Any:  # noqa: ANN401
+def _picture(item: GalleryItem) -> wandb.Image:
     import io
 
+    import wandb
     from PIL import Image
 
     return wandb.Image(Image.open(io.BytesIO(item.image)), caption=f"{item.id}: {item.label_name}, {item.score:.2f}")

@@ -21,6 +21,7 @@ NEEDED = {
     ("dataset", "imagenet"): ["dataset.root=/nowhere", "dataset.boxes=/nowhere"],
     ("dataset", "manifest"): ["dataset.path=/nowhere.csv"],
     ("tagger", "precomputed"): ["tagger.path=/nowhere.parquet"],
+    ("experiment", "replicate"): ["dataset.root=/nowhere"],
 }
 """Values that have no default."""
 
@@ -31,11 +32,38 @@ def resolved(*overrides: str) -> dict[str, Any]:
         return config.resolve(compose("config", list(overrides)))
 
 
+def choosing(path: Path) -> list[str]:
+    """The overrides that choose a file of the configuration, with the values that have no default."""
+    group, name = path.parent.as_posix(), path.stem
+    needed = NEEDED.get((group, name), [])
+    if group == "crop_classifier":
+        return ["reference=crop_classifier", f"crop_classifier@references.crop_classifier={name}"]
+    if group.startswith("model/"):
+        return ["model=trained", f"{group}={name}", *needed]
+    return [f"{group}={name}", *needed]
+
+
 @pytest.mark.parametrize("path", GROUPS, ids=str)
 def test_every_file_composes_and_binds(path: Path) -> None:
-    group, name = path.parts[0], path.stem
-    parts = config.build(resolved(f"{group}={name}", *NEEDED.get((group, name), [])))
+    parts = config.build(resolved(*choosing(path)))
     assert set(parts) == {*config.PARTS, "references", "seed", "gallery"}
+
+
+@pytest.mark.parametrize("dataset", ["shapes", "tiny_imagenet", "imagenet", "manifest"])
+def test_the_crop_classifier_suits_the_data_set(dataset: str) -> None:
+    needed = NEEDED.get(("dataset", dataset), [])
+    found = resolved(f"dataset={dataset}", "reference=crop_classifier", *needed)["references"]["crop_classifier"]
+    assert found["network"]["arch"] == {"shapes": "resnet18", "tiny_imagenet": "resnet18"}.get(dataset, "resnet50")
+
+
+@pytest.mark.parametrize("path", [path for path in GROUPS if path.parts[0] == "experiment"], ids=str)
+def test_every_sweep_names_keys_that_exist_and_values_that_pass(path: Path) -> None:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
+        params = compose("config", choosing(path), return_hydra_config=True).hydra.sweeper.params or {}
+    for key, values in params.items():
+        for value in str(values).split(","):
+            config.build(resolved(*choosing(path), f"{key}={value}"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

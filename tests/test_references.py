@@ -12,6 +12,7 @@ from dejavu_exp.datasets.base import Manifest
 from dejavu_exp.datasets.stores import MemoryStore
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.extract import Extractor
+from dejavu_exp.neighbours import KnnProbe
 from dejavu_exp.references import naive_bayes
 from dejavu_exp.references.base import ReferenceInputs
 from dejavu_exp.references.floors import ClassPrior, LabelShuffle
@@ -46,8 +47,13 @@ def inputs(
     asked = views([(row_id, "target" if index % 2 else "unseen", "boat") for index, row_id in enumerate(queries)])
     rng = np.random.default_rng(0)
     target = evidence.from_probabilities(queries, LABELS, rng.dirichlet([1, 1], len(queries)))
+    nothing: Any = None  # the encoder and what training sees: naive Bayes and the floors look at neither
     return ReferenceInputs(
         queries=asked,
+        bank=asked.clear(),
+        probe=KnnProbe(query=None, bank=None),
+        encoder=nothing,
+        training=nothing,
         heldout=views([(row_id, "heldout", label) for row_id, label in heldout.items()]),
         target=target,
         labels=LABELS,

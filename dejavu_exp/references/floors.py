@@ -9,15 +9,15 @@ import polars as pl
 
 from dejavu_exp import evidence, provenance
 from dejavu_exp.evidence import Evidence
-from dejavu_exp.references.base import ReferenceInputs
+from dejavu_exp.references.base import OneDirection, ReferenceInputs
 from dejavu_exp.taggers import Tagger
 
 
 @dataclass(frozen=True)
-class ClassPrior:
+class ClassPrior(OneDirection):
     """Every query gets the label frequencies of the heldout role; with equal frequencies all labels tie."""
 
-    def check(self, tagger: Tagger) -> None:
+    def check(self, tagger: Tagger, model: object) -> None:
         """Nothing can fail."""
 
     def evidence(self, inputs: ReferenceInputs) -> Evidence:
@@ -30,14 +30,14 @@ class ClassPrior:
 
 
 @dataclass(frozen=True)
-class LabelShuffle:
+class LabelShuffle(OneDirection):
     """Every query gets the target's evidence for another query of the same role, drawn at random.
 
     The predictions keep their frequencies and confidences and lose their tie to the image, so the accuracy is chance
     for this encoder on these labels.
     """
 
-    def check(self, tagger: Tagger) -> None:
+    def check(self, tagger: Tagger, model: object) -> None:
         """Nothing can fail."""
 
     def evidence(self, inputs: ReferenceInputs) -> Evidence:

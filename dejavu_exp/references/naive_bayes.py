@@ -14,7 +14,7 @@ import polars as pl
 from dejavu_exp import evidence, provenance, taggers
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.evidence import Evidence
-from dejavu_exp.references.base import ReferenceInputs
+from dejavu_exp.references.base import OneDirection, ReferenceInputs
 from dejavu_exp.tables import BoolArray, FloatArray, Status
 from dejavu_exp.taggers import Tagger
 
@@ -25,7 +25,7 @@ FOLDS = 5
 
 
 @dataclass(frozen=True)
-class NaiveBayes:
+class NaiveBayes(OneDirection):
     """Class posterior from the tags of a crop, learned on the heldout role.
 
     Source: arXiv 2504.05651, section 3. The corrected form is naive Bayes proper: class prior, P(tag | class) with
@@ -63,7 +63,7 @@ class NaiveBayes:
                 "references.naive_bayes.frequencies is read by compat=authors only; set that, or null here."
             )
 
-    def check(self, tagger: Tagger) -> None:
+    def check(self, tagger: Tagger, model: object) -> None:
         """The tagger can work, and the frequency files are there."""
         tagger.check()
         if self.frequencies is not None and not Path(self.frequencies).is_dir():

@@ -1,4 +1,4 @@
-"""What a run leaves behind: scores.parquet, figures.json, report.html; and what it says in the terminal."""
+"""What a run leaves behind: tables, figures.json, report.html; and what it says in the terminal."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 
 from dejavu_exp import tables
@@ -13,18 +14,29 @@ from dejavu_exp.report import html, terminal
 from dejavu_exp.report.gallery import GalleryItem
 
 
-def write(run_dir: Path, figures: Mapping[str, Any], scores: pl.DataFrame, gallery: Sequence[GalleryItem]) -> None:
-    """Write the three files of a run; each appears whole or not at all.
+def write(
+    run_dir: Path,
+    figures: Mapping[str, Any],
+    scores: pl.DataFrame,
+    gallery: Sequence[GalleryItem],
+    correlated: pl.DataFrame,
+) -> None:
+    """Write scores.parquet, correlated.parquet and .npy, figures.json and report.html; each whole or not at all.
 
     Args:
         run_dir: the run's folder.
         figures: what figures.json holds.
         scores: columns of `tables.SCORES`.
         gallery: most memorized images.
+        correlated: rows that all references call correlated, with the column position; the positions alone become
+            correlated.npy, int64, the form of the released lists.
     """
-    tables.write(
-        scores, run_dir / "scores.parquet", {"commit": figures["run"]["commit"], "versions": figures["run"]["versions"]}
-    )
+    made_by = {"commit": figures["run"]["commit"], "versions": figures["run"]["versions"]}
+    tables.write(scores, run_dir / "scores.parquet", made_by)
+    tables.write(correlated, run_dir / "correlated.parquet", made_by)
+    # Through an open file: given a name, np.save would add another ending to it.
+    with tables.whole(run_dir / "correlated.npy") as partial, partial.open("wb") as file:
+        np.save(file, correlated["position"].to_numpy().astype(np.int64), allow_pickle=False)
     tables.write_json(figures, run_dir / "figures.json")
     tables.write_text(html.render(figures, scores, gallery), run_dir / "report.html")
 
@@ -32,3 +44,8 @@ def write(run_dir: Path, figures: Mapping[str, Any], scores: pl.DataFrame, galle
 def show(figures: Mapping[str, Any], run_dir: Path) -> None:
     """Say in the terminal what came out and where it lies."""
     terminal.show(figures, run_dir)
+
+
+def show_training(curves: Mapping[str, pl.DataFrame], folders: Mapping[str, Path]) -> None:
+    """Say in the terminal what was trained and where it lies; `curves` and `folders` by name of the network."""
+    terminal.show_training(curves, folders)

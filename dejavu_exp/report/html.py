@@ -12,7 +12,7 @@ import polars as pl
 
 from dejavu_exp.report import plots
 from dejavu_exp.report.gallery import GalleryItem
-from dejavu_exp.report.terminal import percent, rows_of, widest
+from dejavu_exp.report.terminal import coefficient, percent, rows_of, widest
 
 MOST_CLASSES = 50
 
@@ -30,7 +30,7 @@ def render(figures: Mapping[str, Any], scores: pl.DataFrame, gallery: Sequence[G
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"percent": percent, "jpeg": _jpeg, "number": _number}
+    environment.filters |= {"percent": percent, "coefficient": coefficient, "jpeg": _jpeg, "number": _number}
     template = environment.from_string(
         resources.files("dejavu_exp.report").joinpath("template.html").read_text("utf-8")
     )
@@ -52,10 +52,32 @@ def render(figures: Mapping[str, Any], scores: pl.DataFrame, gallery: Sequence[G
         references=references,
         gaps=plots.gaps(figures, fraction),
         widest=fraction,
+        agreement=_agreement(figures),
+        measures=plots.MEASURES,
+        costs=_costs(figures),
         gallery=gallery,
         config=json.dumps(figures["run"]["config"], indent=2),
         level=100 * figures["run"]["config"].get("scoring", {}).get("level", 0.95),
     )
+
+
+def _agreement(figures: Mapping[str, Any]) -> dict[str, Any] | None:
+    """How far the references agree, with the picture where there are two; None where a run has not compared them."""
+    found = figures.get("agreement")
+    if not found:
+        return None
+    share = found["correlated_by_all"]
+    return {
+        **found,
+        "picture": plots.agreement(found["references"], found["matrix"]) if found["pairs"] else None,
+        "count": None if share["value"] is None else round(share["value"] * share["n_used"]),
+    }
+
+
+def _costs(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Seconds of each reference, where the run has timed it."""
+    seconds = figures["run"]["seconds"]
+    return {name: seconds[f"references/{name}"] for name in figures["references"] if f"references/{name}" in seconds}
 
 
 def _by_gap(row: Mapping[str, Any]) -> tuple[float, str]:

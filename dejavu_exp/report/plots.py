@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +14,22 @@ from dejavu_exp import metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 TARGET, REFERENCE, UNSEEN = "#b3261e", "#1f5fa8", "#7a7a7a"
 CORRECTED, INTERVAL = "#3f6b4f", "#000000"
 QUADRANT_COLOURS = ("#b3261e", "#e8a33d", "#1f5fa8", "#d9d9d9")
+UNDEFINED = "#ededed"
+MEASURES = {
+    "kappa_memorized": "kappa of memorized",
+    "kappa_correct": "kappa of being right",
+    "jaccard_memorized": "Jaccard of memorized",
+    "jaccard_correlated": "Jaccard of correlated",
+    "rank_correlation": "rank correlation",
+}
+"""Measures of agreement and their titles."""
+PANELS_IN_A_ROW = 3
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -143,3 +154,52 @@ def histogram(scores: pl.DataFrame) -> str:
     axes.set_xlabel("memorization score of a row")
     axes.set_ylabel("% of rows")
     return _uri(figure)
+
+
+def agreement(names: Sequence[str], matrix: Mapping[str, Sequence[Sequence[float | None]]]) -> str:
+    """Heat maps of how far every two references agree, a small one per measure, with the values in the cells.
+
+    Args:
+        names: of the references, in the order of the matrices.
+        matrix: by measure, of values from -1 to 1; None where undefined.
+    """
+    from matplotlib import colors
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    shown = {measure: title for measure, title in MEASURES.items() if measure in matrix}
+    rows = -(-len(shown) // PANELS_IN_A_ROW)
+    side = 0.45 * len(names) + 0.4
+    margin = 0.075 * max(map(len, names), default=0)
+    figure = Figure(
+        figsize=(margin + PANELS_IN_A_ROW * max(side, 2.0), rows * (side + 0.7 * margin + 0.4)), layout="constrained"
+    )
+    FigureCanvasSVG(figure)
+    panels = figure.subplots(rows, PANELS_IN_A_ROW, squeeze=False).flat
+    # Red and blue as elsewhere are target and reference: agreement has colours of its own.
+    colours = colors.LinearSegmentedColormap.from_list("agreement", ["#7a4a9e", "#ffffff", CORRECTED]).with_extremes(
+        bad=UNDEFINED
+    )
+    for place, axes in enumerate(panels):
+        if place >= len(shown):
+            axes.set_axis_off()
+            continue
+        measure, title = list(shown.items())[place]
+        _heat_map(axes, names, matrix[measure], colours)
+        axes.set_title(title, fontsize=9)
+        axes.tick_params(
+            length=0, labelleft=place % PANELS_IN_A_ROW == 0, labelbottom=place + PANELS_IN_A_ROW >= len(shown)
+        )
+    return _uri(figure)
+
+
+def _heat_map(axes: Axes, names: Sequence[str], values: Sequence[Sequence[float | None]], colours: Colormap) -> None:
+    cells = np.array([[np.nan if value is None else value for value in row] for row in values], dtype=np.float64)
+    axes.imshow(np.ma.masked_invalid(cells), cmap=colours, vmin=-1, vmax=1)
+    for (row, column), value in np.ndenumerate(cells):
+        text = "–" if np.isnan(value) else f"{round(value, 2) + 0.0:.2f}"  # no minus before a zero
+        colour = "white" if abs(value) > 0.75 else "black"
+        axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.spines[:].set_visible(False)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +16,10 @@ WIDTH = 120
 """Columns assumed where the output is a file."""
 NAME_WIDTH = 16
 """Columns of a reference's name; longer ones go on below."""
+MOST_PAIRS = 15
+"""Pairs of references shown; six references have as many."""
+COEFFICIENTS = {"kappa": "kappa_memorized", "rank corr.": "rank_correlation"}
+"""Measures of agreement shown here; the report has all."""
 
 
 def percent(estimate: Mapping[str, Any] | None) -> str:
@@ -26,6 +31,18 @@ def percent(estimate: Mapping[str, Any] | None) -> str:
     if estimate is None or estimate["value"] is None:
         return "–"
     return f"{100 * estimate['value']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
+
+
+def coefficient(estimate: Mapping[str, Any] | None) -> str:
+    """An estimate in its own unit with its interval; a dash where there is none.
+
+    >>> coefficient({"value": 0.25, "low": -0.001, "high": 0.3})
+    '0.25 [0.00, 0.30]'
+    """
+    if estimate is None or estimate["value"] is None:
+        return "–"
+    value, low, high = (f"{round(estimate[key], 2) + 0.0:.2f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def widest(figures: Mapping[str, Any]) -> str:
@@ -55,6 +72,21 @@ def rows_of(figures: Mapping[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
+def pairs_of(figures: Mapping[str, Any]) -> list[dict[str, str]]:
+    """One row per two references: differences of their gaps at the largest confident share, and how far they agree."""
+    fraction = widest(figures)
+    return [
+        {
+            "first": pair["first"],
+            "second": pair["second"],
+            "target rows": percent(pair["target"].get(fraction)),
+            "corrected gaps": percent(pair.get("corrected", {}).get(fraction)),
+            **{name: coefficient(pair[measure]) for name, measure in COEFFICIENTS.items()},
+        }
+        for pair in figures.get("agreement", {}).get("pairs", [])
+    ]
+
+
 def _rows_behind(target: Mapping[str, Any], unseen: Mapping[str, Any] | None) -> str:
     """Rows used, target + unseen, and how many more could not be."""
     gaps = [gap for gap in (target, unseen) if gap is not None]
@@ -70,7 +102,9 @@ def show(figures: Mapping[str, Any], run_dir: Path, console: Console | None = No
         console.width = max(console.width, WIDTH)
     if figures["encoder"]["random"]:
         console.print("[bold red]RANDOM WEIGHTS: these figures mean nothing[/]")
-    console.print(_comparison(figures, console))
+    console.print(_fitting([_table(figures, narrow=False), _table(figures, narrow=True)], console))
+    _show_pairs(figures, console)
+    _show_utility(figures, console)
     _show_counts(figures, console)
     for note in figures["notes"]:
         console.print(f"[yellow]Note: {escape(note)}[/]", highlight=False)
@@ -80,11 +114,33 @@ def show(figures: Mapping[str, Any], run_dir: Path, console: Console | None = No
     console.print(f"{run_dir / 'report.html'}", highlight=False, soft_wrap=True)
 
 
-def _comparison(figures: Mapping[str, Any], console: Console) -> Table:
-    """The table of references in the layout that fits: a figure cut short would read as another figure."""
-    table = _table(figures, narrow=False)
-    needed = console.measure(table, options=console.options.update(width=10 * WIDTH)).maximum
-    return table if needed <= console.width else _table(figures, narrow=True)
+def show_training(
+    curves: Mapping[str, pl.DataFrame], folders: Mapping[str, Path], console: Console | None = None
+) -> None:
+    """Say what was trained, or taken from the cache, and where it lies.
+
+    Args:
+        curves: columns step, epoch and loss, by name of the network.
+        folders: of the networks' weights, by the same names.
+        console: where to print.
+    """
+    console = console or Console()
+    for name, folder in folders.items():
+        curve = curves.get(name)
+        told = ""
+        if curve is not None and len(curve):
+            first, last = curve["loss"][0], curve["loss"][-1]
+            told = f": loss {first:.4g} at step {curve['step'][0]}, {last:.4g} at step {curve['step'][-1]}"
+        console.print(f"[bold]{escape(name)}[/]{told}", highlight=False)
+        console.print(escape(str(folder)), highlight=False, soft_wrap=True)
+
+
+def _fitting(layouts: Sequence[Table], console: Console) -> Table:
+    """The first layout that fits, or the last: a figure cut short would read as another figure."""
+    for table in layouts[:-1]:
+        if console.measure(table, options=console.options.update(width=10 * WIDTH)).maximum <= console.width:
+            return table
+    return layouts[-1]
 
 
 def _table(figures: Mapping[str, Any], *, narrow: bool) -> Table:
@@ -108,6 +164,42 @@ def _table(figures: Mapping[str, Any], *, narrow: bool) -> Table:
         table.add_row("" if row["reference"] == previous else escape(row["reference"]), *map(escape, cells.values()))
         previous = row["reference"]
     return table
+
+
+def _show_pairs(figures: Mapping[str, Any], console: Console) -> None:
+    """How far every two references agree."""
+    rows = pairs_of(figures)
+    if not rows:
+        return
+    layouts = [_pair_table(figures, rows[:MOST_PAIRS], narrowed=narrowed) for narrowed in range(3)]
+    console.print(_fitting(layouts, console))
+    if len(rows) > MOST_PAIRS:
+        console.print(f"The report has {len(rows) - MOST_PAIRS} more pairs of references.", highlight=False)
+
+
+def _pair_table(figures: Mapping[str, Any], rows: list[dict[str, str]], *, narrowed: int) -> Table:
+    """All pairs; narrowed once, names take two lines; twice, figures do too and coefficients lose their intervals."""
+    narrow, separator = narrowed == 2, "\n" if narrowed else " "
+    share = "" if widest(figures) == "100" else f", surest {widest(figures)} %"
+    title = f"Two references: gap to the first less gap to the second, points{share}; agreement"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("references", overflow="fold")
+    for column in list(rows[0])[2:]:
+        table.add_column(column.replace(" ", "\n") if narrow else column, justify="right", no_wrap=True)
+    for row in rows:
+        names = f"{row['first']}{separator}- {row['second']}"
+        cells = {column: cell.replace(" [", "\n[") if narrow else cell for column, cell in list(row.items())[2:]}
+        if narrow:
+            cells |= {column: cells[column].split("\n")[0] for column in COEFFICIENTS}
+        table.add_row(escape(names), *map(escape, cells.values()))
+    return table
+
+
+def _show_utility(figures: Mapping[str, Any], console: Console) -> None:
+    """What the encoder is good for, a line per measure."""
+    for found in figures.get("utility", []):
+        shown = f"{found['measure']}: {percent(found['estimate'])} %"
+        console.print(escape(shown), highlight=False)
 
 
 def _show_counts(figures: Mapping[str, Any], console: Console) -> None:

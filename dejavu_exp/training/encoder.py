@@ -1,19 +1,25 @@
-"""Encoders trained here, on the roles of the data set that is then measured."""
+"""Encoders and classifiers trained here, on the roles of the data set that is then measured."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
-from filelock import FileLock
 
-from dejavu_exp import provenance, tables
 from dejavu_exp.datasets.stores import ImageStore
 from dejavu_exp.encoders import Encoder, LoadedEncoder, TimmEncoder
+from dejavu_exp.encoders.base import finish
+from dejavu_exp.encoders.weights import as_state_dict, load_strictly, read_checkpoint
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.tables import Role, Status
-from dejavu_exp.training.supervised import Supervised, View
+from dejavu_exp.training.fit import Job, TrainingSettings, trained
+from dejavu_exp.training.recipe import Recipe
+from dejavu_exp.training.views import TRAINING_VIEWS
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -21,22 +27,70 @@ class TrainingInputs:
     """What training may look at.
 
     Attributes:
+        model: the encoder under test, as configured; a reference may need its recipe.
         images: full-image views of all roles, columns of `tables.VIEWS`.
-        backgrounds: background views of all roles; excluded ones have a status other than ok.
+        backgrounds: query views of roles target, unseen and heldout; excluded ones have a status other than ok.
+        labels: all labels of the bank, sorted.
         repeats: planted repeats by image id; images not named are shown once.
         store: gives the images.
         cache: folder of trained weights.
         device: "cpu" or "cuda".
         seed: of initialisation, order and augmentation.
+        settings: processes, precision, checkpoints.
+        folders: gets the folder of each network trained or taken, by name.
     """
 
+    model: Encoder | TrainedEncoder
     images: pl.DataFrame
     backgrounds: pl.DataFrame
+    labels: tuple[str, ...]
     repeats: dict[str, int]
     store: ImageStore
     cache: Path
     device: str
     seed: int
+    settings: TrainingSettings
+    folders: dict[str, Path]
+
+    def run(self, job: Job, epoch: int | None = None) -> Path:
+        """The folder of a job's weights, trained where they are missing; see `fit.trained`."""
+        found = trained(job, self.settings, self.store, self.device, self.cache, epoch)
+        self.folders[job.title] = found.parent
+        return found
+
+    def lessons(self, views: pl.DataFrame) -> pl.DataFrame:
+        """The views that a reference may be trained on: none whose image is measured.
+
+        Args:
+            views: columns of `tables.VIEWS`.
+
+        Raises:
+            DataError: some are, by id or byte for byte, and `settings.copies` is not "drop".
+        """
+        measured = self.backgrounds.filter(pl.col("role").is_in([Role.TARGET, Role.UNSEEN]))
+        content = measured["content"].drop_nulls().implode()
+        copies = pl.col("id").is_in(measured["id"].implode()) | pl.col("content").is_in(content)
+        found = views.filter(copies)
+        if len(found) and self.settings.copies == "refuse":
+            first = found.row(0, named=True)
+            twin = measured.filter((pl.col("id") == first["id"]) | (pl.col("content") == first["content"]))
+            raise DataError(
+                f"a reference would be trained on {len(found)} images that are measured, e.g. {first['id']} "
+                f"({first['role']}), which is {twin['id'][0]} ({twin['role'][0]}). It would then remember them too, "
+                "and memorization would be missed. Take the copies out of the data set, or set training.copies=drop to "
+                "leave them out of training."
+            )
+        return views.filter(~copies)
+
+    def heldout(self) -> pl.DataFrame:
+        """Usable heldout crops of classes that the bank knows, sorted by id; raises as `lessons`."""
+        usable = (pl.col("role") == Role.HELDOUT) & (pl.col("status") == Status.OK)
+        return self.lessons(self.backgrounds.filter(usable, pl.col("label").is_in(self.labels))).sort("id")
+
+    def for_reference(self) -> TrainingInputs:
+        """The inputs for training a reference: without the measured roles, without copies of their images."""
+        others = self.images.filter(~pl.col("role").is_in([Role.TARGET, Role.UNSEEN]))
+        return replace(self, images=self.lessons(others))
 
 
 @dataclass(frozen=True)
@@ -44,27 +98,55 @@ class TrainedEncoder:
     """A timm network trained here; its features are the encoder.
 
     Attributes:
-        network: architecture and transform; the number of classes is the data set's.
+        network: architecture, transform, and where training starts; a classifier has one output per class.
         recipe: how it is trained.
         roles: whose images are trained on; "unseen" and "public" never are.
+        epoch: read the weights at the end of this epoch of the recipe; null for the last.
+        layer: linear layers of the projector that the features pass, 0 for none, -1 for all; self-supervision only.
+        key: where this node is, for errors.
     """
 
     network: TimmEncoder
-    recipe: Supervised
+    recipe: Recipe
     roles: tuple[str, ...] = (Role.TARGET, Role.SHARED)
+    epoch: int | None = None
+    layer: int = 0
+    key: str = "model"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "roles", tuple(self.roles))
         allowed = (Role.TARGET, Role.SHARED, Role.HELDOUT)
         if not self.roles or not set(self.roles) <= set(allowed):
-            raise ConfigError(f"model.roles={list(self.roles)}: choose among {', '.join(allowed)}.")
+            raise ConfigError(f"{self.key}.roles={list(self.roles)}: choose among {', '.join(allowed)}.")
+        if self.epoch is not None and not 1 <= self.epoch <= self.recipe.epochs:
+            raise ConfigError(
+                f"{self.key}.epoch={self.epoch}: the recipe has epochs 1 to {self.recipe.epochs} "
+                f"({self.key}.recipe.epochs)."
+            )
+        if not -1 <= self.layer <= self.recipe.projector_layers:
+            raise ConfigError(
+                f"{self.key}.layer={self.layer}: the recipe's projector has {self.recipe.projector_layers} linear "
+                "layers; 0 reads the encoder itself, -1 passes all of them."
+            )
+        if not self.recipe.supervised and self.network.output != "features":
+            raise ConfigError(
+                f"{self.key}.network.output={self.network.output}: without labels there is no classifier; set features."
+            )
 
     def check(self) -> None:
         """The architecture exists."""
         self.network.check()
 
-    def train(self, inputs: TrainingInputs) -> LoadedEncoder:
+    def on(self, *roles: str) -> TrainedEncoder:
+        """The same recipe on other roles."""
+        return replace(self, roles=roles)
+
+    def train(self, inputs: TrainingInputs, title: str = "training the encoder") -> LoadedEncoder:
         """Train, or take the weights that the same inputs gave before, and load the result.
+
+        Args:
+            inputs: what training may look at.
+            title: for the progress bar.
 
         Raises:
             DataError: no image has a role to train on.
@@ -75,55 +157,87 @@ class TrainedEncoder:
             raise DataError(
                 f"training needs images of two classes in roles {', '.join(self.roles)}; found {len(labels)}."
             )
-        views = self._views(images, inputs, labels)
         network = replace(
-            self.network, arch_args={**self.network.arch_args, "num_classes": len(labels)}, seed=inputs.seed
+            self.network,
+            arch_args={**self.network.arch_args, "num_classes": len(labels) if self.recipe.supervised else 0},
+            seed=inputs.seed,
         )
-        key = provenance.key_of(
-            {
-                # What is read out afterwards does not change the weights.
-                "network": asdict(replace(network, output="logits")),
-                "recipe": asdict(self.recipe),
-                "views": provenance.hash_bytes(repr((views, images["content"].to_list())).encode()),
-                "seed": inputs.seed,
-                "device": inputs.device,
-                "versions": provenance.versions(),
-            }
+        job = Job(
+            network,
+            self.recipe,
+            # Without labels it is crops of one image that are drawn together: its background must come with the rest.
+            training_views(images, inputs.backgrounds if self.recipe.supervised else images, inputs.repeats, labels),
+            pl.DataFrame(schema=TRAINING_VIEWS),
+            patience=None,
+            seed=inputs.seed,
+            title=title,
         )
-        path = inputs.cache / "trained" / f"{key}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
-            if not path.exists():
-                self._fit(network, views, inputs, path)
-        loaded = replace(network, weights=str(path)).load()
-        return replace(loaded, weights=f"trained here on {len(images)} images ({type(self.recipe).__name__}, {key})")
+        folder = inputs.run(job, self.epoch)
+        loaded = replace(network, weights=str(folder / "network.safetensors")).load()
+        loaded = self._through_projector(loaded, folder)
+        what = f"{len(images)} images of {' and '.join(self.roles)}, epoch {self.epoch or self.recipe.epochs}"
+        return replace(loaded, weights=f"trained here on {what} ({type(self.recipe).__name__}, {folder.parent.name})")
 
-    def _views(self, images: pl.DataFrame, inputs: TrainingInputs, labels: list[str]) -> list[View]:
-        """Every image once, and the background of each repeated one as often as it is repeated."""
-        code = {label: number for number, label in enumerate(labels)}
-        region = ("xmin", "ymin", "xmax", "ymax")
-        views: list[View] = [
-            (row["path"], tuple(row[end] for end in region), code[row["label"]], False)
-            for row in images.iter_rows(named=True)
-        ]
-        repeated = inputs.backgrounds.filter(
-            pl.col("id").is_in(images["id"].implode()), pl.col("status") == Status.OK
-        ).sort("id")
-        for row in repeated.iter_rows(named=True):
-            times = inputs.repeats.get(row["id"], 1)
-            if times > 1:
-                views += [(row["path"], tuple(row[end] for end in region), code[row["label"]], True)] * times
-        return views
+    def _through_projector(self, loaded: LoadedEncoder, folder: Path) -> LoadedEncoder:
+        """The encoder followed by the layers of the projector that were asked for."""
+        if not self.layer:
+            return loaded
+        from torch import nn
 
-    def _fit(self, network: TimmEncoder, views: list[View], inputs: TrainingInputs, path: Path) -> None:
-        from safetensors.torch import save_file
-        from timm.data.config import resolve_model_data_config
+        path = folder / "projector.safetensors"
+        state = as_state_dict(read_checkpoint(path), path)
+        projector = self.recipe.projector(state["layers.0.weight"].shape[1])
+        load_strictly(projector, state, "the projector", path)
+        return finish(
+            nn.Sequential(loaded.module, first_layers(projector, self.layer)),
+            loaded.transform,
+            description=f"{loaded.description}, projector layer {self.layer}",
+            weights=loaded.weights,
+            transform_text=loaded.transform_text,
+            random=loaded.random,
+        )
 
-        module = network.build()
-        config = resolve_model_data_config(module)  # type: ignore[no-untyped-call]
-        self.recipe.train(module, config, views, inputs.store, seed=inputs.seed, device=inputs.device)
-        with tables.whole(path) as partial:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()}, partial)
+
+def first_layers(projector: nn.Module, count: int) -> nn.Module:
+    """The first linear layers of a projector, each with the normalisation and activation after it; -1 for all."""
+    from torch import nn
+
+    layers = list(projector.get_submodule("layers").children())
+    starts = [place for place, layer in enumerate(layers) if isinstance(layer, nn.Linear)]
+    return nn.Sequential(*layers[: len(layers) if count in (-1, len(starts)) else starts[count]])
+
+
+def training_views(
+    images: pl.DataFrame, backgrounds: pl.DataFrame, repeats: dict[str, int], labels: list[str]
+) -> pl.DataFrame:
+    """Every image once, and each repeated one as often as it is repeated: its background, or the whole image again.
+
+    Args:
+        images: views to train on, columns of `tables.VIEWS`, status ok.
+        backgrounds: views to repeat, which may be of other images too: background crops, or whole images.
+        repeats: by image id.
+        labels: in the order of the class numbers.
+
+    Returns:
+        Columns of `views.TRAINING_VIEWS`.
+    """
+    planted = pl.DataFrame(list(repeats.items()), schema={"id": pl.String, "repeats": pl.Int64}, orient="row").filter(
+        pl.col("repeats") > 1
+    )
+    repeated = (
+        backgrounds.filter(pl.col("id").is_in(images["id"].implode()), pl.col("status") == Status.OK)
+        .join(planted, on="id", how="inner", validate="1:1")
+        .sort("id")
+        .select(pl.exclude("repeats").repeat_by("repeats").explode())
+    )
+    code = pl.col("label").replace_strict(labels, list(range(len(labels))), return_dtype=pl.Int64)
+    parts = [
+        part.with_columns(code=code, background=pl.lit(value)).select(
+            pl.col(name).cast(dtype) for name, dtype in TRAINING_VIEWS.items()
+        )
+        for part, value in ((images, False), (repeated, backgrounds is not images))
+    ]
+    return pl.concat(parts)
 
 
 def load_if_ready(encoder: Encoder | TrainedEncoder) -> LoadedEncoder | None:
@@ -133,3 +247,9 @@ def load_if_ready(encoder: Encoder | TrainedEncoder) -> LoadedEncoder | None:
     """
     encoder.check()
     return None if isinstance(encoder, TrainedEncoder) else encoder.load()
+
+
+def curves(inputs: TrainingInputs) -> dict[str, pl.DataFrame]:
+    """The loss curve of each network that was trained or taken from the cache, columns of `fit.HISTORY`, by title."""
+    found = {title: folder / "history.parquet" for title, folder in inputs.folders.items()}
+    return {title: pl.read_parquet(path) for title, path in found.items() if path.exists()}

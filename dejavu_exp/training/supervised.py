@@ -1,178 +1,160 @@
-"""Supervised training of a classifier, whose features then serve as an encoder."""
+"""Supervised training of a classifier; its features can then serve as an encoder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import lightning.pytorch as pl_lightning
 import torch
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from dejavu_exp import progress
-from dejavu_exp.datasets.stores import ImageStore
-from dejavu_exp.devices import quiet_trainer
 from dejavu_exp.errors import ConfigError
-from dejavu_exp.images import cut, decode
-
-View = tuple[str, tuple[int, int, int, int], int, bool]
-"""Path, region in pixels, class number, and whether it is a repeated background."""
+from dejavu_exp.training.recipe import Optimizer, Task
+from dejavu_exp.training.views import Augment
 
 
 @dataclass(frozen=True)
 class Supervised:
-    """Cross-entropy on random crops, AdamW, one-cycle schedule.
+    """Cross-entropy on random crops.
 
     Images marked as repeated are shown again by their background crop, as multi-crop training does by chance: that is
     what plants memorization.
 
     Attributes:
         epochs: passes over the training views.
-        batch_size: views a step.
-        learning_rate: peak of the schedule.
-        weight_decay: of AdamW.
+        optimizer: how weights are changed.
+        batch_size: views a step, over all processes.
         min_area: smallest random crop of an image, share of its area.
         min_background_area: smallest random crop of a repeated background, share of its area.
+        max_ratio: longest shape of a random crop, long side over short side.
+        label_smoothing: share of the label given to all classes alike, 0 to 1.
+        key: where this node is, for errors.
     """
 
     epochs: int
+    optimizer: Optimizer
     batch_size: int = 64
-    learning_rate: float = 0.01
-    weight_decay: float = 0.02
     min_area: float = 0.3
     min_background_area: float = 0.8
+    max_ratio: float = 3.0
+    label_smoothing: float = 0.0
+    key: str = "model.recipe"
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "batch_size", "learning_rate"):
-            if getattr(self, key) <= 0:
-                raise ConfigError(f"model.recipe.{key}={getattr(self, key)}: must be above 0.")
-        for key in ("min_area", "min_background_area"):
-            if not 0 < getattr(self, key) <= 1:
-                raise ConfigError(f"model.recipe.{key}={getattr(self, key)}: must lie in (0, 1].")
+        check_length(self.key, self.epochs, self.batch_size)
+        for name in ("min_area", "min_background_area"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"{self.key}.{name}={getattr(self, name)}: must lie in (0, 1].")
+        if self.max_ratio < 1:
+            raise ConfigError(f"{self.key}.max_ratio={self.max_ratio}: must be at least 1, which is a square.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError(f"{self.key}.label_smoothing={self.label_smoothing}: must lie in [0, 1).")
 
-    def train(
-        self,
-        network: nn.Module,
-        config: dict[str, Any],
-        views: list[View],
-        store: ImageStore,
-        *,
-        seed: int,
-        device: str,
-    ) -> None:
-        """Train a classifier in place.
+    @property
+    def supervised(self) -> bool:
+        """See `Recipe.supervised`."""
+        return True
 
-        Args:
-            network: (B, 3, H, W) to (B, classes).
-            config: timm's data configuration: input_size, mean, std.
-            views: what to train on.
-            store: gives the images.
-            seed: of order and augmentation.
-            device: "cpu" or "cuda".
-        """
-        images = TrainingViews(
-            views, store, self._augment(config, self.min_area), self._augment(config, self.min_background_area)
+    def augment(self, config: Mapping[str, Any], *, validation: bool = False) -> Augment:
+        """See `Recipe.augment`; validation views are only scaled."""
+        side = config["input_size"][-2:]
+        if validation:
+            return _Either(_pipeline(config, [_resize(side)]), _pipeline(config, [_resize(side)]))
+        return _Either(
+            *(
+                _pipeline(config, [_crop(side, area, self.max_ratio), *_flip()])
+                for area in (self.min_area, self.min_background_area)
+            )
         )
-        order = torch.Generator().manual_seed(seed)
-        batch_size = min(self.batch_size, len(views))
-        # Decoded in this process: augmentation then draws from one seeded stream.
-        loader: DataLoader[Any] = DataLoader(
-            images,  # type: ignore[arg-type]
-            batch_size,
-            shuffle=True,
-            generator=order,
-            drop_last=True,
-        )
-        steps = self.epochs * len(loader)
-        module = SupervisedModule(network, self.learning_rate, self.weight_decay, steps)
-        bar = ViewsBar("training the encoder", steps * batch_size)
-        with torch.random.fork_rng(), quiet_trainer(device, bar, epochs=self.epochs) as trainer:
-            torch.manual_seed(seed)
-            trainer.fit(module, loader)
 
-    def _augment(self, config: dict[str, Any], min_area: float) -> Callable[[Image.Image], Tensor]:
-        from torchvision.transforms import v2
+    def task(self, network: nn.Module, batch_size: int, steps: int, steps_per_epoch: int) -> Task:
+        """See `Recipe.task`."""
+        return Classification(network, self.label_smoothing, self.optimizer, batch_size, steps, steps_per_epoch)
 
-        transform: Callable[[Image.Image], Tensor] = v2.Compose(
-            [
-                v2.PILToTensor(),
-                # The ratio lets elongated backgrounds through whole.
-                v2.RandomResizedCrop(
-                    config["input_size"][-2:], scale=(min_area, 1.0), ratio=(1 / 3, 3), antialias=True
-                ),
-                v2.RandomHorizontalFlip(),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(config["mean"], config["std"]),
-            ]
-        )
-        return transform
+    @property
+    def projector_layers(self) -> int:
+        """See `Recipe.projector_layers`: what follows the features is the classifier."""
+        return 0
+
+    def projector(self, width: int) -> nn.Module:
+        """Never asked for."""
+        raise NotImplementedError("supervised training has no projector")
 
 
-@dataclass
-class TrainingViews:
-    """Augmented views with their class numbers: a map-style data set that keeps decoded images."""
-
-    views: list[View]
-    store: ImageStore
-    augment: Callable[[Image.Image], Tensor]
-    augment_background: Callable[[Image.Image], Tensor]
-
-    def __post_init__(self) -> None:
-        self._decoded: dict[str, Image.Image] = {}
-
-    def __len__(self) -> int:
-        return len(self.views)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, region, label, is_background = self.views[index]
-        if path not in self._decoded:
-            self._decoded[path] = decode(self.store.read(path))
-        augment = self.augment_background if is_background else self.augment
-        return augment(cut(self._decoded[path], region)), label
+def check_length(key: str, epochs: int, batch_size: int) -> None:
+    """Raise ConfigError where the number of passes or the batch size is below 1."""
+    for name, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if value < 1:
+            raise ConfigError(f"{key}.{name}={value}: must be at least 1.")
 
 
-class SupervisedModule(pl_lightning.LightningModule):
+@dataclass(frozen=True)
+class _Either:
+    """One augmentation for images, one for repeated backgrounds."""
+
+    image: Any
+    background: Any
+
+    def __call__(self, region: Any, is_background: bool) -> Tensor:  # noqa: ANN401
+        result: Tensor = self.background(region) if is_background else self.image(region)
+        return result
+
+
+def _crop(side: Any, min_area: float, max_ratio: float) -> Any:  # noqa: ANN401 - torchvision is untyped
+    from torchvision.transforms import v2
+
+    return v2.RandomResizedCrop(side, scale=(min_area, 1.0), ratio=(1 / max_ratio, max_ratio), antialias=True)
+
+
+def _resize(side: Any) -> Any:  # noqa: ANN401
+    from torchvision.transforms import v2
+
+    return v2.Resize(side, antialias=True)
+
+
+def _flip() -> list[Any]:
+    from torchvision.transforms import v2
+
+    return [v2.RandomHorizontalFlip()]
+
+
+def _pipeline(config: Mapping[str, Any], steps: list[Any]) -> Any:  # noqa: ANN401
+    from torchvision.transforms import v2
+
+    return v2.Compose(
+        [
+            v2.PILToTensor(),
+            *steps,
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(config["mean"], config["std"]),
+        ]
+    )
+
+
+class Classification(Task):
     """Cross-entropy of a classifier."""
 
-    def __init__(self, network: nn.Module, learning_rate: float, weight_decay: float, steps: int) -> None:
-        super().__init__()
-        self.network = network.to(memory_format=torch.channels_last)
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.steps = steps
-
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
-        """The loss of a batch."""
-        pixels, labels = batch
-        return nn.functional.cross_entropy(self.network(pixels.contiguous(memory_format=torch.channels_last)), labels)
-
-    def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union
-        """AdamW under a one-cycle schedule, step by step."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=self.steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-class ViewsBar(pl_lightning.Callback):
-    """Views done, rate and time left."""
-
-    def __init__(self, title: str, total: int) -> None:
-        self.bar = progress.bar(title, total)
-
-    def on_train_batch_end(
+    def __init__(
         self,
-        trainer: pl_lightning.Trainer,
-        module: pl_lightning.LightningModule,
-        outputs: object,
-        batch: tuple[Tensor, Tensor],
-        index: int,
+        network: nn.Module,
+        label_smoothing: float,
+        optimizer: Optimizer,
+        batch_size: int,
+        steps: int,
+        steps_per_epoch: int,
     ) -> None:
-        """Move the bar."""
-        self.bar.update(len(batch[0]))
+        super().__init__(optimizer, batch_size, steps, steps_per_epoch)
+        self.network = network.to(memory_format=torch.channels_last)
+        self.label_smoothing = label_smoothing
 
-    def on_train_end(self, trainer: pl_lightning.Trainer, module: pl_lightning.LightningModule) -> None:
-        """Leave the bar as it is."""
-        self.bar.close()
+    def loss(self, views: Tensor, codes: Tensor) -> Tensor:
+        """See `Task.loss`."""
+        logits = self.network(views.contiguous(memory_format=torch.channels_last))
+        # Smoothed labels train; what is compared between epochs is the plain loss.
+        smoothing = self.label_smoothing if self.training else 0.0
+        return nn.functional.cross_entropy(logits, codes, label_smoothing=smoothing)
+
+    def weights(self) -> dict[str, nn.Module]:
+        """See `Task.weights`."""
+        return {"network": self.network}

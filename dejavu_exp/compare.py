@@ -1,0 +1,444 @@
+"""Many run folders to one comparison: `python -m dejavu_exp.compare DIR [DIR...] [--out FOLDER]`.
+
+Only figures.json of each run is read. A run that cannot stand beside the others (killed, unreadable, of another version
+or of other data, or repeated) is listed with the reason and not merged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import polars as pl
+
+from dejavu_exp import metrics, tables
+from dejavu_exp.errors import ConfigError, DataError, DejavuError
+from dejavu_exp.report import compared
+from dejavu_exp.report.compared import Comparison, Skipped
+
+Json: TypeAlias = Any
+"""What a JSON file holds."""
+
+RUN_FILES = ("config.yaml", "figures.json")
+NOT_RUNS = ("cache", "wandb")
+NO_INFLUENCE = ("gallery", "hydra", "tracking", "trainer.cache", "trainer.workers")
+"""Keys of a configuration that change no figure, with all below them."""
+ENDS = ("low", "high", "n_used", "n_excluded")
+HASH_DIGITS = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a comparison takes from one figures.json.
+
+    Attributes:
+        name: the folder, relative to what was asked for.
+        created: when the run ended, ISO 8601 in UTC.
+        data_hash: of the manifest measured.
+        config: dotted keys of the resolved configuration and their values.
+        rows: rows of the comparison, without the settings.
+    """
+
+    name: str
+    created: str
+    data_hash: str
+    config: Mapping[str, Json]
+    rows: Sequence[Mapping[str, Json]]
+
+
+def compare(folders: Sequence[Path], out: Path) -> Comparison:
+    """Compare all runs below some folders and write the comparison down.
+
+    Args:
+        folders: each is a run folder or holds some, at any depth.
+        out: gets comparison.parquet, comparison.csv, comparison.md and comparison.html; made where it is missing.
+
+    Raises:
+        ConfigError: a folder does not exist or holds no run, or `out` is a file.
+        DataError: no run can be used, or the files cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file. Give the folder to write to.")
+    comparison = gather(folders)
+    html, markdown, csv, parquet = (out / f"comparison.{kind}" for kind in ("html", "md", "csv", "parquet"))
+    tables.write(comparison.table, parquet, {"settings": comparison.settings})
+    with tables.whole(csv) as partial:
+        comparison.table.write_csv(partial)
+    tables.write_text(compared.markdown(comparison), markdown)
+    tables.write_text(compared.html(comparison), html)
+    return replace(comparison, files=(html, markdown, csv, parquet))
+
+
+def gather(folders: Sequence[Path]) -> Comparison:
+    """Compare all runs below some folders; nothing is written.
+
+    Returns:
+        The table, one row per run, reference, top and confident share; and what was left out. Shares of rows are
+        fractions, `surest` is in percent. Quadrant shares, the planted AUROC, seconds and utility do not depend on
+        `top` and `surest` and are repeated: the quadrants are those of all usable target rows, top-1.
+
+    Raises:
+        ConfigError: a folder does not exist or holds no run.
+        DataError: no run can be used.
+    """
+    found, skipped = find(folders)
+    runs = []
+    for folder, name in found.items():
+        try:
+            runs.append(read(folder, name))
+        except DataError as error:
+            skipped.append(Skipped(name, str(error)))
+    runs, unlike = select(runs)
+    skipped = sorted([*skipped, *unlike], key=lambda item: _natural(item.run))
+    if not runs:
+        reasons = "\n".join(f"  {item.run}: {item.reason}" for item in skipped)
+        raise DataError(f"none of the {len(found)} run folders can be used:\n{reasons}")
+    table, settings = merge(runs)
+    return Comparison(table, tuple(settings), tuple(skipped))
+
+
+def find(folders: Sequence[Path]) -> tuple[dict[Path, str], list[Skipped]]:
+    """All run folders below some folders, and how to call them; each once, "run 2" before "run 10".
+
+    Hidden folders, caches and W&B's folders are not looked into, nor is what lies inside a run folder.
+
+    Returns:
+        Run folders with names, and the folders that could not be listed.
+    """
+    base = _base(folders)
+    found, unlisted = [], []
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder. Give folders that hold runs, such as outputs/runs.")
+        errors: list[OSError] = []
+        below = list(_run_folders(folder, errors))
+        if not below and not errors:
+            raise ConfigError(
+                f"{folder}: no run folder below it; one has {' or '.join(RUN_FILES)} in it. "
+                "Give folders that hold runs, such as outputs/runs."
+            )
+        found += below
+        unlisted += [
+            Skipped(_name(Path(error.filename), base), f"cannot be listed: {error.strerror}") for error in errors
+        ]
+    names = {path: _name(path, base) for path in dict.fromkeys(found)}
+    return dict(sorted(names.items(), key=lambda item: _natural(item[1]))), list(dict.fromkeys(unlisted))
+
+
+def _base(folders: Sequence[Path]) -> Path:
+    """What names are relative to: the folder asked for, or the deepest one that holds all of them."""
+    return Path(os.path.commonpath([folder.resolve() for folder in folders]))
+
+
+def _run_folders(folder: Path, errors: list[OSError]) -> Iterator[Path]:
+    for path, below, files in os.walk(folder.resolve(), onerror=errors.append):
+        if any(name in files for name in RUN_FILES):
+            below.clear()
+            yield Path(path)
+        below[:] = [name for name in below if not name.startswith(".") and name not in NOT_RUNS]
+
+
+def _name(path: Path, base: Path) -> str:
+    relative = path.relative_to(base)
+    return _text(str(relative if relative.parts else path.name))
+
+
+def _natural(name: str) -> tuple[tuple[int, str], ...]:
+    """A key that sorts numbers inside names by their value."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", name)
+    return tuple((int(part), "") if part[0] in "0123456789" else (-1, part) for part in parts)
+
+
+def _text(value: object) -> str:
+    """Text that can be written: a folder's name may hold bytes, and JSON half characters, that UTF-8 has not."""
+    return str(value).encode("utf-8", "replace").decode()
+
+
+def read(folder: Path, name: str) -> Run:
+    """Read figures.json of a run.
+
+    Raises:
+        DataError: it is missing, damaged, of another version or incomplete; the message is the reason alone.
+    """
+    try:
+        figures = json.loads((folder / "figures.json").read_text("utf-8"), parse_constant=lambda _: None)
+    except FileNotFoundError:
+        raise DataError("no figures.json: the run has not finished. Repeat it, or delete its folder.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"figures.json cannot be read: {error}") from error
+    schema = _get(figures, "schema") if isinstance(figures, dict) and "schema" in figures else None
+    if schema != tables.FIGURES_VERSION:
+        raise DataError(
+            f"figures.json has schema {schema}, and this version reads {tables.FIGURES_VERSION}. Repeat the run."
+        )
+    config = _mapping(figures, "run", "config")
+    return Run(
+        name=name,
+        created=_text(_get(figures, "run", "created")),
+        data_hash=_text(_get(figures, "dataset", "hash")),
+        config=dict(_flat(config)),
+        rows=list(_rows(name, figures)),
+    )
+
+
+def _get(value: Json, *path: str) -> Json:
+    """What lies at a path; a DataError names the part that is missing."""
+    for depth, key in enumerate(path):
+        if not isinstance(value, Mapping) or key not in value:
+            raise DataError(f"figures.json has no {'.'.join(path[: depth + 1])}.")
+        value = value[key]
+    return value
+
+
+def _maybe(value: Json, *path: str) -> Json:
+    """What lies at a path, or None."""
+    for key in path:
+        if not isinstance(value, Mapping) or key not in value:
+            return None
+        value = value[key]
+    return value
+
+
+def _mapping(value: Json, *path: str) -> Mapping[str, Json]:
+    found = _get(value, *path)
+    if not isinstance(found, Mapping):
+        raise DataError(f"figures.json: {'.'.join(path)} is not a mapping.")
+    return found
+
+
+def _flat(value: Json, prefix: str = "") -> Iterator[tuple[str, Json]]:
+    """Dotted keys and values; a list is one value, as JSON."""
+    for key, item in value.items() if isinstance(value, Mapping) else ():
+        name = f"{prefix}{_text(key)}"
+        if isinstance(item, Mapping):
+            yield from _flat(item, f"{name}.")
+        elif isinstance(item, list):
+            yield name, _text(json.dumps(item))
+        else:
+            yield name, _text(item) if isinstance(item, str) else item
+
+
+def _cells(column: str, estimate: Json) -> dict[str, float | int | None]:
+    """An estimate as columns; without one all are null."""
+    if estimate is None:
+        return dict.fromkeys([column, *(f"{column}_{end}" for end in ENDS)])
+    cells = {column: _get(estimate, "value"), **{f"{column}_{end}": _get(estimate, end) for end in ENDS}}
+    for name, value in cells.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise DataError(f"figures.json: {name} is {value!r} and not a number.")
+    return cells
+
+
+def _rows(name: str, figures: Json) -> Iterator[dict[str, Json]]:
+    """Rows of a run, without its settings: per reference (the headline first), top and share (the widest first)."""
+    head = {
+        "run": name,
+        "encoder": _text(_get(figures, "encoder", "description")),
+        "weights": _text(_get(figures, "encoder", "weights")),
+        "random_weights": bool(_get(figures, "encoder", "random")),
+        "trained_here": bool(_get(figures, "encoder", "trained_here")),
+        "epoch": _number(_maybe(figures, "encoder", "epoch"), "encoder.epoch"),
+        "dataset": _text(_get(figures, "dataset", "name")),
+        "split": _text(_get(figures, "split", "hash"))[:HASH_DIGITS],
+    }
+    utility: dict[str, Json] = {}
+    for item in _list(_maybe(figures, "utility"), "utility"):
+        utility |= _cells(f"utility_{_text(_get(item, 'measure'))}", _get(item, "estimate"))
+    headline = _get(figures, "headline")
+    references = _mapping(figures, "references")
+    for reference in sorted(references, key=lambda key: key != headline):
+        found = references[reference]
+        tail = {
+            **_whole_run_cells(found),
+            "reference_seconds": _number(_maybe(figures, "run", "seconds", f"references/{reference}"), "run.seconds"),
+            **utility,
+            "created": _text(_get(figures, "run", "created")),
+        }
+        for row in _reference_rows(found):
+            yield {**head, "reference": _text(reference), "headline": reference == headline, **row, **tail}
+
+
+def _list(value: Json, name: str) -> list[Json]:
+    if not isinstance(value, list | None):
+        raise DataError(f"figures.json: {name} is not a list.")
+    return value or []
+
+
+def _number(value: Json, name: str) -> float | int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | None):
+        raise DataError(f"figures.json: {name} is {value!r} and not a number.")
+    return value
+
+
+def _whole_run_cells(found: Json) -> dict[str, Json]:
+    """Figures of a reference that do not depend on top and share."""
+    cells: dict[str, Json] = {}
+    for quadrant in metrics.QUADRANTS:
+        cells |= _cells(quadrant, _get(found, "roles", "target", "quadrants", quadrant))
+    return cells | _cells("planted_auroc", _maybe(found, "planted", "auroc"))
+
+
+def _reference_rows(found: Json) -> Iterator[dict[str, Json]]:
+    target = _mapping(found, "roles", "target")
+    for top in sorted(key for key in target if re.fullmatch("top[0-9]+", key)):
+        for percent in sorted(_mapping(target, top), key=_share, reverse=True):
+            cell = target[top][percent]
+            yield {
+                "top": int(top.removeprefix("top")),
+                "surest": _share(percent),
+                **_cells("target_accuracy", _get(cell, "target")),
+                **_cells("reference_accuracy", _get(cell, "reference")),
+                **_cells("gap", _get(cell, "gap")),
+                **_cells("gap_unseen", _maybe(found, "roles", "unseen", top, percent, "gap")),
+                **_cells("corrected_gap", _maybe(found, "corrected_gap", top, percent)),
+                **_cells("both_directions", _maybe(found, "both_directions", top, percent)),
+            }
+
+
+def _share(percent: str) -> float:
+    try:
+        return float(percent)
+    except ValueError:
+        raise DataError(f"figures.json: {percent!r} stands where a confident share in % is expected.") from None
+
+
+def select(runs: Sequence[Run]) -> tuple[list[Run], list[Skipped]]:
+    """Leave out what must not stand in one table.
+
+    Returns:
+        The runs on the data most runs have (of the first, where two are as frequent), of equal configurations only the
+        newest; and the others.
+    """
+    empty = [Skipped(run.name, "figures.json has no figures of any reference.") for run in runs if not run.rows]
+    runs = [run for run in runs if run.rows]
+    if not runs:
+        return [], empty
+    ((common, count),) = Counter(run.data_hash for run in runs).most_common(1)
+    unlike = [
+        Skipped(
+            run.name,
+            f"other data: the manifest's hash is {run.data_hash[:HASH_DIGITS]}, and {count} of {len(runs)} runs have "
+            f"{common[:HASH_DIGITS]}. Compare these runs by themselves.",
+        )
+        for run in runs
+        if run.data_hash != common
+    ]
+    newest: dict[str, Run] = {}
+    same = [run for run in runs if run.data_hash == common]
+    for run in same:
+        key = _identity(run)
+        if key not in newest or run.created > newest[key].created:
+            newest[key] = run
+    repeated = [
+        Skipped(run.name, f"the same configuration as {newest[_identity(run)].name}, which is newer.")
+        for run in same
+        if newest[_identity(run)] is not run
+    ]
+    return [run for run in same if newest[_identity(run)] is run], [*empty, *unlike, *repeated]
+
+
+def _identity(run: Run) -> str:
+    return json.dumps(run.config, sort_keys=True)
+
+
+def merge(runs: Sequence[Run]) -> tuple[pl.DataFrame, list[str]]:
+    """The table of all rows, and its columns that are settings."""
+    keys = differing([run.config for run in runs])
+    rows = [row for run in runs for row in run.rows]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    names = {key: f"config.{key}" if key in columns else key for key in keys}
+    split = columns.index("reference")
+    series = {column: _series(column, [row.get(column) for row in rows]) for column in columns}
+    for key, name in names.items():
+        series[name] = _series(name, [run.config.get(key) for run in runs for _ in run.rows])
+    return pl.DataFrame([series[name] for name in (*columns[:split], *names.values(), *columns[split:])]), [
+        *names.values()
+    ]
+
+
+def _series(name: str, values: Sequence[Json]) -> pl.Series:
+    """Whole numbers, numbers, claims, or text where kinds are mixed."""
+    kinds = {_kind(value) for value in values if value is not None}
+    if kinds <= {pl.Int64, pl.Float64}:
+        kind = pl.Float64 if pl.Float64 in kinds or not kinds else pl.Int64
+        return pl.Series(name, values, dtype=kind, strict=False)
+    if len(kinds) == 1:
+        return pl.Series(name, values, dtype=kinds.pop())
+    return pl.Series(name, [None if value is None else str(value) for value in values], dtype=pl.String)
+
+
+def _kind(value: bool | float | str) -> type[pl.DataType]:
+    if isinstance(value, bool):
+        return pl.Boolean
+    if isinstance(value, int):
+        return pl.Int64 if abs(value) < 2**63 else pl.String
+    return pl.Float64 if isinstance(value, float) else pl.String
+
+
+def differing(configs: Sequence[Mapping[str, Json]]) -> list[str]:
+    """Dotted keys that tell the runs apart, in the order of the configurations.
+
+    Left out are keys without influence on a figure; keys a run only lacks because it uses another part (the part's
+    `_target_` says so); and a key that repeats an earlier one of the same name in every run, as
+    `probe.query.min_side_px` does `split.min_side_px`.
+
+    >>> differing([{"probe.k": 10, "seed": 0}, {"probe.k": 20, "seed": 0}])
+    ['probe.k']
+    """
+    keys = dict.fromkeys(key for config in configs for key in config)
+    chosen: dict[tuple[str, str], str] = {}
+    for key in keys:
+        if not _differs(key, configs) or _under(key, NO_INFLUENCE):
+            continue
+        values = repr([config.get(key) for config in configs])
+        chosen.setdefault((key.rsplit(".", 1)[-1], values), key)
+    return list(chosen.values())
+
+
+def _under(key: str, prefixes: Iterable[str]) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+
+
+def _differs(key: str, configs: Sequence[Mapping[str, Json]]) -> bool:
+    if len({config[key] for config in configs if key in config}) > 1:
+        return True
+    parts = key.split(".")
+    owners = [".".join([*parts[:depth], "_target_"]) for depth in range(len(parts) - 1, 0, -1)]
+    # The part a key belongs to, the innermost one: a run without that part lacks the key for no reason of its own.
+    owner = next((name for name in owners if any(name in config for config in configs)), "")
+    parts_with_key = {config.get(owner) for config in configs if key in config}
+    return any(key not in config and config.get(owner) in parts_with_key for config in configs)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m dejavu_exp.compare",
+        description="Compare many runs: one table with a row per run, reference and confident share, and plots.",
+        epilog="Writes comparison.parquet, comparison.csv, comparison.md and comparison.html. Runs that were killed, "
+        "that another version wrote, that measured other data or that repeat a configuration are left out and listed "
+        "with the reason. HYDRA_FULL_ERROR=1 shows tracebacks.",
+    )
+    parser.add_argument(
+        "folders", metavar="DIR", nargs="+", type=Path, help="a run folder, or a folder that holds some"
+    )
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="where to write (default: the first DIR)")
+    asked = parser.parse_args(arguments)
+    try:
+        compared.show(compare(asked.folders, asked.out or asked.folders[0]))
+    except DejavuError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,652 @@
+"""A comparison of runs as HTML, Markdown, plots and in the terminal."""
+
+from __future__ import annotations
+
+import html as escaping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from dejavu_exp import metrics
+from dejavu_exp.report import plots
+from dejavu_exp.report.terminal import WIDTH, percent
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_BARS = 40
+MOST_REFERENCES = 3
+MOST_SWEEPS = 6
+MOST_LINES = 8
+MOST_ROWS = 40
+MOST_SKIPPED = 20
+LABEL_LENGTH = 52
+LOG_RANGE = 30
+"""A setting whose largest value is this many times the smallest is drawn on a logarithmic axis."""
+LINE_COLOURS = ("#b3261e", "#1f5fa8", "#3f6b4f", "#e8a33d", "#6b4f9e", "#2a8f9c", "#8a5a2b", "#c2508f")
+TRAINED_HERE, READY_MADE = plots.TARGET, plots.REFERENCE
+GAPS = {"corrected_gap": "corrected gap", "gap": "raw gap"}
+"""Columns that show memorization, the best first: a raw gap also holds what the encoder merely knows better."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A run folder that was left out, and why."""
+
+    run: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Many runs in one table.
+
+    Attributes:
+        table: a row per run, reference, top and confident share.
+        settings: columns of the table that are keys of the configuration: those that tell the runs apart.
+        skipped: run folders left out.
+        files: where it was written, the report first; none where it was not.
+    """
+
+    table: pl.DataFrame
+    settings: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
+    files: tuple[Path, ...] = ()
+
+    def widest(self) -> pl.DataFrame:
+        """Top-1 rows at the largest confident share that each run reports: one row per run and reference."""
+        top = self.table.filter(pl.col("top") == 1)
+        return top.filter(pl.col("surest") == pl.col("surest").max().over("run", "reference"))
+
+    def runs(self) -> pl.DataFrame:
+        """The first row of each run."""
+        return self.table.unique("run", keep="first", maintain_order=True)
+
+    def references(self) -> list[str]:
+        """Those most often the headline of a run first, then the most frequent."""
+        counts = self.widest().group_by("reference").agg(pl.col("headline").sum(), pl.len())
+        return counts.sort(["headline", "len", "reference"], descending=[True, True, False])["reference"].to_list()
+
+
+@dataclass(frozen=True)
+class Series:
+    """Runs that differ in one setting, in its order.
+
+    Attributes:
+        group: what they share and other series do not.
+        rows: of the table, top-1 and the widest share; sorted by the setting, at least two values of it.
+    """
+
+    group: str
+    rows: pl.DataFrame
+
+    def gap(self) -> str:
+        """The column of the gap that every row has: corrected where possible, else raw."""
+        return "gap" if self.rows["corrected_gap"].null_count() else "corrected_gap"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What one setting does to the figures against one reference.
+
+    Attributes:
+        setting: the column of the table: a key of the configuration, or "epoch".
+        reference: the reference's name.
+        along: settings that change whenever this one does, so that their effects cannot be told apart.
+        series: one per encoder and remaining configuration.
+    """
+
+    setting: str
+    reference: str
+    along: tuple[str, ...]
+    series: tuple[Series, ...]
+
+
+def sweeps(comparison: Comparison) -> list[Sweep]:
+    """Each numeric setting with at least two values among otherwise equal runs, against each reference."""
+    table = comparison.widest().with_columns(encoder_name=_encoder_names(comparison.widest()))
+    found = []
+    for setting in _axes(comparison):
+        for reference in comparison.references():
+            if setting.startswith("references.") and setting.split(".")[1] != reference:
+                continue
+            rows = table.filter(pl.col("reference") == reference, pl.col(setting).is_not_null())
+            others = [
+                key
+                for key in comparison.settings
+                if key != setting and (not key.startswith("references.") or key.split(".")[1] == reference)
+            ]
+            sweep = _sweep(rows, setting, reference, others)
+            found += [sweep] if sweep.series else []
+    return found
+
+
+def _axes(comparison: Comparison) -> list[str]:
+    """Settings that make an axis: numbers, but no seeds; and the epoch, where no setting says the same."""
+    runs = comparison.runs()
+    settings = [key for key in comparison.settings if runs[key].dtype.is_numeric() and key.rsplit(".", 1)[-1] != "seed"]
+    epoch = runs["epoch"]
+    said = any(runs[key].cast(pl.Float64).equals(epoch.cast(pl.Float64)) for key in settings)
+    return settings if said or epoch.n_unique() < 2 else ["epoch", *settings]
+
+
+def _sweep(rows: pl.DataFrame, setting: str, reference: str, others: Sequence[str]) -> Sweep:
+    along = [key for key in others if _moves_along(rows, setting, key)]
+    group = ["encoder_name", *(key for key in others if key not in along)]
+    parts = [
+        part.sort(setting, maintain_order=True)
+        for _, part in rows.group_by(group, maintain_order=True)
+        if part[setting].n_unique() > 1
+    ]
+    telling = [key for key in group if _tells(parts, key)]
+    series = [Series(_group_name(part, telling), part) for part in parts]
+    return Sweep(setting, reference, tuple(along), tuple(series))
+
+
+def _tells(parts: Sequence[pl.DataFrame], key: str) -> bool:
+    """True where a key tells series apart that the encoder's name does not."""
+    pairs = {(part["encoder_name"][0], part[key][0]) for part in parts}
+    return len(pairs) > (1 if key == "encoder_name" else len({name for name, _ in pairs}))
+
+
+def _moves_along(rows: pl.DataFrame, setting: str, key: str) -> bool:
+    """True where each value of `key` goes with one value of the setting, and the reverse, for every encoder.
+
+    A checkpoint's path does so with its epoch: to hold it fixed would leave nothing to draw.
+    """
+    counts = rows.group_by("encoder_name").agg(
+        pairs=pl.struct(setting, key).n_unique(), values=pl.col(setting).n_unique(), others=pl.col(key).n_unique()
+    )
+    counts = counts.filter(pl.col("others") > 1)
+    return bool(len(counts) and (counts["pairs"].eq(counts["values"]) & counts["pairs"].eq(counts["others"])).all())
+
+
+def _group_name(part: pl.DataFrame, telling: Sequence[str]) -> str:
+    short = [key.rsplit(".", 1)[-1] for key in telling]
+    names = [key if short.count(name) > 1 else name for key, name in zip(telling, short, strict=True)]
+    values = [_plain(part[key][0]) for key in telling]
+    told = [
+        value if key == "encoder_name" else f"{name} {value}"
+        for key, name, value in zip(telling, names, values, strict=True)
+    ]
+    return ", ".join(told) or str(part["encoder_name"][0])
+
+
+def _encoder_names(table: pl.DataFrame) -> pl.Series:
+    return pl.Series([_encoder(row) for row in table.iter_rows(named=True)], dtype=pl.String)
+
+
+def _encoder(row: Mapping[str, Any]) -> str:
+    """The encoder in few words."""
+    name = str(row["encoder"]).split(",")[0]
+    return f"{name} (random weights)" if row["random_weights"] else name
+
+
+def _plain(value: Any) -> str:  # noqa: ANN401
+    """A cell that is no estimate."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _estimate(row: Mapping[str, Any], column: str) -> dict[str, Any]:
+    return {"value": row[column], "low": row[f"{column}_low"], "high": row[f"{column}_high"]}
+
+
+def headline_rows(table: pl.DataFrame) -> list[dict[str, str]]:
+    """Rows of a comparison to be read: the figures in % with their intervals."""
+    optional = {"both directions": "both_directions", "planted AUROC": "planted_auroc"}
+    shown = {name: column for name, column in optional.items() if table[column].count()}
+    return [
+        {
+            "run": row["run"],
+            "encoder": _encoder(row),
+            "reference": row["reference"],
+            "surest": f"{row['surest']:g} %",
+            "target": percent(_estimate(row, "target_accuracy")),
+            "reference's": percent(_estimate(row, "reference_accuracy")),
+            "gap": percent(_estimate(row, "gap")),
+            "gap, unseen": percent(_estimate(row, "gap_unseen")),
+            "corrected gap": percent(_estimate(row, "corrected_gap")),
+            **{name: percent(_estimate(row, column)) for name, column in shown.items()},
+            "rows": f"{_plain(row['gap_n_used'])} ({_plain(row['gap_n_excluded'])} excluded)",
+        }
+        for row in table.iter_rows(named=True)
+    ]
+
+
+def run_rows(comparison: Comparison) -> list[dict[str, str]]:
+    """One row per run: what was measured, what it is good for, and the settings that tell the runs apart."""
+    utility = [
+        name.removesuffix("_n_used")
+        for name in comparison.table.columns
+        if name.startswith("utility_") and name.endswith("_n_used")
+    ]
+    return [
+        {
+            "run": row["run"],
+            "encoder": row["encoder"] + (" (random weights)" if row["random_weights"] else ""),
+            "weights": row["weights"],
+            "trained here": _plain(row["trained_here"]),
+            "epoch": _plain(row["epoch"]),
+            "dataset": row["dataset"],
+            "split": row["split"],
+            **{name.removeprefix("utility_"): _number(_estimate(row, name)) for name in utility},
+            **{key: _plain(row[key]) for key in comparison.settings},
+        }
+        for row in comparison.runs().iter_rows(named=True)
+    ]
+
+
+def _number(estimate: Mapping[str, float | None]) -> str:
+    """An estimate in its own unit with its interval."""
+    if estimate["value"] is None:
+        return "–"
+    low, high = (_digits(estimate[end]) for end in ("low", "high"))
+    return f"{_digits(estimate['value'])} [{low}, {high}]"
+
+
+def _digits(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def explanation(comparison: Comparison) -> list[str]:
+    """What the figures are, and what to be aware of: sentences."""
+    runs = comparison.runs()
+    sentences = [
+        "Top-1 accuracy at naming the label from the view alone, in % with the runs' own bootstrap intervals. The "
+        "gap is the encoder's accuracy less the reference's, each on its own most confident rows; the corrected gap is "
+        "the gap on target rows less the gap on unseen rows, which holds what the encoder merely knows better."
+    ]
+    if runs["split"].n_unique() > 1:
+        sentences.append(
+            f"The runs measure {runs['split'].n_unique()} different sets of rows (column split): a difference between "
+            "them may come from the rows."
+        )
+    if runs["random_weights"].any():
+        sentences.append("Runs with random weights say nothing of a trained model.")
+    if comparison.widest()["corrected_gap"].null_count():
+        sentences.append(
+            "Some runs have no unseen rows: their raw gap is not separated from what the encoder knows better."
+        )
+    return sentences
+
+
+def markdown(comparison: Comparison) -> str:
+    """The comparison to be read as text: the figures, the runs, and what was left out."""
+    runs = len(comparison.runs())
+    top = comparison.table.filter(pl.col("top") == 1)
+    parts = [
+        f"# Comparison of {runs} run{'s' if runs != 1 else ''}",
+        *explanation(comparison),
+        _markdown_table(headline_rows(top)),
+        "## The runs",
+        "After the split: utility measures, in their own units, and the settings that tell the runs apart.",
+        _markdown_table(run_rows(comparison)),
+        "## Left out",
+        "\n".join(f"- {_cell(item.run)}: {_cell(item.reason)}" for item in comparison.skipped) or "Nothing.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    if not rows:
+        return "Nothing."
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Text that cannot break out of a Markdown table or bring tags along."""
+    return escaping.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
+
+
+def html(comparison: Comparison) -> str:
+    """The comparison as one file: pictures inside, no scripts, nothing fetched."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    names = comparison.references()
+    drawn = names[:MOST_REFERENCES]
+    found = [sweep for sweep in sweeps(comparison) if sweep.reference in drawn]
+    by_reference = {name: comparison.widest().filter(pl.col("reference") == name) for name in drawn}
+    return environment.from_string(TEMPLATE).render(
+        sentences=explanation(comparison),
+        rows=headline_rows(comparison.table.filter(pl.col("top") == 1)),
+        runs=run_rows(comparison),
+        skipped=comparison.skipped,
+        sweeps=[(sweep, accuracy_plot(sweep), gap_plot(sweep)) for sweep in found[:MOST_SWEEPS]],
+        more_sweeps=[f"{sweep.setting} against {sweep.reference}" for sweep in found[MOST_SWEEPS:]],
+        shares=[(name, share_plot(rows), _cap(len(rows))) for name, rows in by_reference.items()],
+        gaps=[(name, encoder_plot(rows), _cap(len(rows))) for name, rows in by_reference.items()],
+        more_references=names[MOST_REFERENCES:],
+        most_lines=MOST_LINES,
+    )
+
+
+def _cap(count: int) -> str:
+    """Says so where not all bars are drawn."""
+    return f"The {MOST_BARS} largest of {count}; the table has them all." if count > MOST_BARS else ""
+
+
+def _label(text: str) -> str:
+    """Text for a plot: matplotlib takes $ for formulas and hides what begins with _."""
+    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
+    if len(shown) > LABEL_LENGTH:
+        shown = f"{shown[: LABEL_LENGTH // 2]}…{shown[-LABEL_LENGTH // 2 + 1 :]}"
+    return f"{' ' if shown.startswith('_') else ''}{shown}".replace("$", r"\$")
+
+
+def _points(rows: pl.DataFrame, column: str) -> tuple[list[float], list[float], list[float]]:
+    """Values and interval ends in %; NaN where undefined."""
+    value, low, high = (
+        [math.nan if cell is None else 100 * cell for cell in rows[name]]
+        for name in (column, f"{column}_low", f"{column}_high")
+    )
+    return value, low, high
+
+
+def accuracy_plot(sweep: Sweep) -> str:
+    """Accuracy of the encoder (solid, with its interval) and of the reference (dashed) by the setting."""
+    figure, axes = _figure(5.0, 2.9, 0.65, _legend_rows(sweep))
+    drawn = sweep.series[:MOST_LINES]
+    for series, colour in zip(drawn, LINE_COLOURS, strict=False):
+        x = series.rows[sweep.setting].to_list()
+        value, low, high = _points(series.rows, "target_accuracy")
+        axes.fill_between(x, low, high, color=colour, alpha=0.18 / len(drawn) ** 0.5, linewidth=0)
+        axes.plot(x, value, color=colour, marker=".", label=_label(series.group))
+        axes.plot(x, _points(series.rows, "reference_accuracy")[0], color=colour, linestyle="--", linewidth=1)
+    axes.plot([], [], color="black", linestyle="--", linewidth=1, label=_label(sweep.reference))
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(max(bottom, 0), min(top, 102))
+    _finish(axes, sweep, "accuracy on target rows, %")
+    axes.legend(frameon=False, fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return plots._uri(figure)
+
+
+def gap_plot(sweep: Sweep) -> str:
+    """The corrected gap by the setting; raw and hollow where a series has no other. Colours as in `accuracy_plot`."""
+    figure, axes = _figure(5.0, 2.9, 0.65, _legend_rows(sweep))
+    for series, colour in zip(sweep.series, LINE_COLOURS, strict=False):
+        x, column = series.rows[sweep.setting].to_list(), series.gap()
+        value, low, high = _points(series.rows, column)
+        raw = column == "gap"
+        axes.vlines(x, low, high, color=colour, linewidth=1.4, alpha=0.6)
+        axes.plot(x, value, color=colour, marker="o", markersize=4, markerfacecolor="white" if raw else colour)
+    axes.axhline(0, color="black", linewidth=0.8)
+    _finish(axes, sweep, _gap_title({series.gap() for series in sweep.series[:MOST_LINES]}))
+    return plots._uri(figure)
+
+
+def _finish(axes: Axes, sweep: Sweep, ylabel: str) -> None:
+    values = sorted({value for series in sweep.series[:MOST_LINES] for value in series.rows[sweep.setting]})
+    if values[0] > 0 and values[-1] / values[0] >= LOG_RANGE:
+        axes.set_xscale("log")
+        axes.minorticks_off()
+    if len(values) <= MOST_LINES:
+        axes.set_xticks(values, [f"{value:g}" for value in values])
+    axes.set_xlabel(_label(sweep.setting))
+    axes.set_ylabel(ylabel)
+
+
+def _gap_title(columns: set[str]) -> str:
+    names = [name for column, name in GAPS.items() if column in columns]
+    return f"{' (filled) or '.join(names)}{' (hollow)' if len(names) > 1 else ''}, points"
+
+
+def share_plot(rows: pl.DataFrame) -> str:
+    """Memorized, correlated, forgotten and unassociated shares of target rows, a bar per run.
+
+    Args:
+        rows: of one reference, a row per run; the runs with the largest memorized share are drawn.
+    """
+    rows = rows.sort("memorized", descending=True, nulls_last=True, maintain_order=True).head(MOST_BARS)
+    figure, axes = _bar_figure(rows)
+    left = [0.0] * len(rows)
+    for name, colour in zip(metrics.QUADRANTS, plots.QUADRANT_COLOURS, strict=True):
+        shares = [0.0 if math.isnan(value) else value for value in _points(rows, name)[0]]
+        _bars(axes, left, shares, color=colour, label=name)
+        left = [start + share for start, share in zip(left, shares, strict=True)]
+    axes.set_xlim(0, 100.5)
+    axes.set_xlabel("% of target rows")
+    axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return plots._uri(figure)
+
+
+def encoder_plot(rows: pl.DataFrame) -> str:
+    """The gap of each run's encoder, those trained here in another colour than ready-made ones.
+
+    Args:
+        rows: of one reference, a row per run. The corrected gap is drawn filled; where a run has none, its raw gap is
+            drawn hollow. The largest are drawn.
+    """
+    corrected = pl.col("corrected_gap").is_not_null()
+    rows = rows.with_columns(
+        raw=~corrected,
+        **{
+            f"shown{end}": pl.when(corrected).then(f"corrected_gap{end}").otherwise(f"gap{end}")
+            for end in ("", "_low", "_high")
+        },
+    )
+    rows = rows.sort("shown", descending=True, nulls_last=True, maintain_order=True).head(MOST_BARS)
+    figure, axes = _bar_figure(rows)
+    values, lows, highs = _points(rows, "shown")
+    colours = [TRAINED_HERE if here else READY_MADE for here in rows["trained_here"]]
+    fills = ["white" if raw else colour for raw, colour in zip(rows["raw"], colours, strict=True)]
+    places = range(len(rows))
+    shown = [0.0 if math.isnan(value) else value for value in values]
+    _bars(axes, [0.0] * len(rows), shown, facecolor=fills, edgecolor=colours)
+    axes.hlines(places, lows, highs, color=plots.INTERVAL, linewidth=1.2)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axes.set_xlabel(_gap_title({"gap" if raw else "corrected_gap" for raw in rows["raw"]}))
+    for here, name, colour in ((True, "trained here", TRAINED_HERE), (False, "ready-made", READY_MADE)):
+        if here in rows["trained_here"].to_list():
+            axes.barh(0, 0, color=colour, label=name)
+    axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return plots._uri(figure)
+
+
+def _bars(axes: Axes, left: Sequence[float], length: Sequence[float], **style: Any) -> None:  # noqa: ANN401
+    """A horizontal bar at each place; as one collection, which takes a fraction of the time that many patches take."""
+    from matplotlib.collections import PolyCollection
+
+    corners = [
+        [(x, place - 0.37), (x + size, place - 0.37), (x + size, place + 0.37), (x, place + 0.37)]
+        for place, (x, size) in enumerate(zip(left, length, strict=True))
+    ]
+    axes.add_collection(PolyCollection(corners, **style))
+    axes.autoscale_view()
+
+
+def _bar_figure(rows: pl.DataFrame) -> tuple[Figure, Axes]:
+    """Room for a bar per row, run and encoder beside each, the first on top."""
+    names = [_label(f"{row['run']}: {_encoder(row)}") for row in rows.iter_rows(named=True)]
+    figure, axes = _figure(8.0, 0.24 * len(rows), 0.3 + 0.075 * max(map(len, names)), 1)
+    # Plain text: forty ticks with their lines take three times as long.
+    axes.set_yticks([])
+    for place, name in enumerate(names):
+        axes.text(-0.01, place, name, fontsize=8, ha="right", va="center", transform=axes.get_yaxis_transform())
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(visible=False, axis="y")
+    return figure, axes
+
+
+def _figure(width: float, height: float, left: float, legend_rows: int) -> tuple[Figure, Axes]:
+    """A figure as in the report of a run, with margins that are known beforehand: to find them costs a second drawing.
+
+    Args:
+        width: of the whole, inches.
+        height: between the axis and the legend above, inches.
+        left: margin for the labels, inches.
+        legend_rows: lines of the legend.
+    """
+    above, below = 0.1 + 0.2 * legend_rows, 0.55
+    whole = height + above + below
+    figure, axes = plots._figure(width, whole)
+    figure.set_layout_engine(None)
+    figure.subplots_adjust(left=left / width, right=1 - 0.15 / width, bottom=below / whole, top=1 - above / whole)
+    return figure, axes
+
+
+def _legend_rows(sweep: Sweep) -> int:
+    return math.ceil((min(len(sweep.series), MOST_LINES) + 1) / 2)
+
+
+def show(comparison: Comparison, console: Console | None = None) -> None:
+    """Print the figures, what was left out, and where the files are."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, WIDTH)
+    rows = headline_rows(comparison.widest())
+    wide, narrow = (_table(rows[:MOST_ROWS], narrow=narrow) for narrow in (False, True))
+    needed = console.measure(wide, options=console.options.update(width=10 * WIDTH)).maximum
+    console.print(wide if needed <= console.width else narrow)
+    if len(rows) > MOST_ROWS:
+        console.print(f"{len(rows) - MOST_ROWS} more rows are in the files.", highlight=False)
+    for sentence in explanation(comparison)[1:]:
+        console.print(f"[yellow]Note: {escape(sentence)}[/]", highlight=False)
+    for item in comparison.skipped[:MOST_SKIPPED]:
+        console.print(f"[yellow]Left out: {escape(item.run)}: {escape(item.reason)}[/]", highlight=False)
+    if len(comparison.skipped) > MOST_SKIPPED:
+        more = len(comparison.skipped) - MOST_SKIPPED
+        console.print(f"[yellow]{more} more run folders are left out; the files list them.[/]", highlight=False)
+    for path in comparison.files:
+        console.print(str(path), highlight=False, soft_wrap=True, markup=False)
+
+
+def _table(rows: Sequence[Mapping[str, str]], *, narrow: bool) -> Table:
+    """The headline; where it is narrow, intervals stand below their figure and the accuracies are left out."""
+    accuracies, gaps = ("target", "reference's"), ("gap", "gap, unseen", "corrected gap")
+    # A share is a column of its own only where runs differ in it: at 100 % it would say nothing in every row.
+    shares = {row["surest"] for row in rows}
+    columns = [*(("surest",) if len(shares) > 1 else ()), *(() if narrow else accuracies), *gaps]
+    share = "" if len(shares) > 1 else f", surest {next(iter(shares))}"
+    table = Table(title=escape(f"Top-1 accuracy, % [interval]{share}"), title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("run", "encoder", "reference"):
+        table.add_column(column, overflow="fold", max_width=None if not narrow else 14)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=not narrow, overflow="fold")
+    previous = None
+    for row in rows:
+        names = [row[column] for column in ("run", "encoder", "reference")]
+        if row["run"] == previous:
+            names[:2] = ["", ""]
+        cells = [row[column].split(" [")[0] if column in accuracies else row[column] for column in columns]
+        table.add_row(*(escape(cell.replace(" [", "\n[") if narrow else cell) for cell in (*names, *cells)))
+        previous = row["run"]
+    return table
+
+
+TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Comparison of {{ runs | length }} runs</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 1320px; margin: 2rem auto; padding: 0 1.2rem; }
+h1 { font-size: 1.45rem; margin: 0 0 .3rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #dcdcdc; padding-bottom: .2rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; overflow-wrap: anywhere; }
+.note { background: #fff6e0; border-left: 4px solid #e8a33d; padding: .45rem .9rem; margin: .4rem 0; }
+.soft { color: #5c5c5c; font-size: .87rem; }
+.scroll { overflow: auto; max-height: 75vh; }
+table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabular-nums; font-size: .85rem; }
+th, td { padding: .28rem .5rem; text-align: right; border-bottom: 1px solid #dcdcdc; white-space: nowrap; }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
+thead th { border-bottom: 2px solid #1c1c1c; position: sticky; top: 0; background: white; }
+.long td { white-space: normal; word-break: break-word; min-width: 4rem; max-width: 24rem; vertical-align: top; }
+tr.first td { border-top: 2px solid #dcdcdc; }
+figure { margin: .8rem 0; } figure img { max-width: 100%; }
+.pair { display: flex; flex-wrap: wrap; gap: 1.2rem; } .pair figure { flex: 1 1 420px; margin: .2rem 0; }
+@media print { body { max-width: none; margin: 0; } .scroll { overflow: visible; max-height: none; } }
+</style>
+</head>
+<body>
+<h1>Comparison of {{ runs | length }} run{{ "" if runs | length == 1 else "s" }}</h1>
+<p>{{ sentences[0] }}</p>
+{% for sentence in sentences[1:] %}
+<div class="note">{{ sentence }}</div>
+{% endfor %}
+{% if skipped %}
+<div class="note">{{ skipped | length }} run folder{{ "" if skipped | length == 1 else "s" }} left out;
+the reasons stand at the end.</div>
+{% endif %}
+{% macro grid(rows, style="") %}
+<div class="scroll {{ style }}"><table>
+<thead><tr>{% for column in rows[0] %}<th>{{ column }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr{% if loop.changed(row.run) %} class="first"{% endif %}>
+{% for value in row.values() %}
+<td>{{ value }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</tbody></table></div>
+{% endmacro %}
+<h2>Figures</h2>
+{{ grid(rows) }}
+<p class="soft">comparison.csv and comparison.parquet beside this file also hold top-5, the shares of rows,
+and the rows behind each figure.</p>
+<h2>The runs</h2>
+<p class="soft">After the split: utility measures, in their own units, and the settings that tell the runs apart.</p>
+{{ grid(runs, "long") }}
+{% if sweeps %}
+<h2>By setting</h2>
+<p>All target rows, or the widest share a run reports. Left: accuracy of the encoder (solid, with
+its interval) and of the reference (dashed). Right: the gap with its interval, in the same
+colours. A line joins runs that differ in this setting alone.</p>
+{% for sweep, accuracy, gap in sweeps %}
+<h3>{{ sweep.setting }}, against {{ sweep.reference }}</h3>
+{% if sweep.along %}
+<p class="soft">Changes along with it, so the effect may be theirs: {{ sweep.along | join(", ") }}.</p>
+{% endif %}
+{% if sweep.series | length > most_lines %}
+<p class="soft">The first {{ most_lines }} of {{ sweep.series | length }} lines.</p>
+{% endif %}
+<div class="pair">
+<figure><img src="{{ accuracy }}" alt="Accuracy by {{ sweep.setting }}; the table has the numbers."></figure>
+<figure><img src="{{ gap }}" alt="Gap by {{ sweep.setting }}; the table has the numbers."></figure>
+</div>
+{% endfor %}
+{% if more_sweeps %}<p class="soft">Not drawn: {{ more_sweeps | join("; ") }}.</p>{% endif %}
+{% endif %}
+<h2>Encoders trained here and ready-made ones</h2>
+{% for name, picture, cap in gaps %}
+<h3>Against {{ name }}</h3>
+{% if cap %}<p class="soft">{{ cap }}</p>{% endif %}
+<figure><img src="{{ picture }}" alt="Gap of each encoder against {{ name }}; the table has the numbers."></figure>
+{% endfor %}
+<h2>Shares of target rows</h2>
+<p>Memorized: the encoder alone names the label; correlated: both do; forgotten: the reference alone;
+unassociated: neither.</p>
+{% for name, picture, cap in shares %}
+<h3>Against {{ name }}</h3>
+{% if cap %}<p class="soft">{{ cap }}</p>{% endif %}
+<figure><img src="{{ picture }}" alt="Shares of the four kinds of rows of each run against {{ name }}."></figure>
+{% endfor %}
+{% if more_references %}<p class="soft">No plots against: {{ more_references | join(", ") }}.</p>{% endif %}
+<h2>Left out</h2>
+{% if skipped %}
+<ul>{% for item in skipped %}<li><b>{{ item.run }}</b>: {{ item.reason }}</li>{% endfor %}</ul>
+{% else %}
+<p>Nothing.</p>
+{% endif %}
+</body>
+</html>
+"""
