@@ -34,7 +34,7 @@ def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     with clock.stage("data"):
         views = stages.prepare(plan)
         lessons = stages.training_inputs(plan, views)
-    with clock.stage("encoder"):
+    with clock.stage("encoder", lessons):
         encoder = encoder or stages.train(plan, lessons)
     with clock.stage("embeddings"):
         views, queries, bank = stages.embed(plan, views, encoder)
@@ -46,7 +46,7 @@ def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     inputs = stages.reference_inputs(plan, views, encoder, target, lessons)
     scores, measures = {}, {}
     for name, reference in plan.references.items():
-        with clock.stage(f"references/{name}"):
+        with clock.stage(f"references/{name}", lessons):
             found = reference.evidence(inputs)
             other = reference.other_direction(inputs)
         with clock.stage("scores"):

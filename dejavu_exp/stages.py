@@ -95,11 +95,20 @@ class Stopwatch:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; one that comes several times is added up."""
+    def stage(self, name: str, training: TrainingInputs | None = None) -> Iterator[None]:
+        """Time a stage; one that comes several times is added up.
+
+        Args:
+            name: of the stage.
+            training: what the stage may train; a network from the cache counts with the seconds its training took.
+        """
         start = time.perf_counter()
+        known = set(training.folders) if training else set()
         yield
-        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)
+        spent = time.perf_counter() - start
+        if training:
+            spent = training.whole_cost(spent, known)
+        self.seconds[name] = round(self.seconds.get(name, 0) + spent, 3)
 
 
 def prepare(plan: Plan) -> Views:
@@ -166,6 +175,7 @@ def training_inputs(plan: Plan, views: Views) -> TrainingInputs:
         seed=plan.seed,
         settings=plan.training,
         folders={},
+        waits={},
     )
     if any(reference.is_trained for reference in plan.references.values()):
         # Found before any training, which may take days.

@@ -443,6 +443,7 @@ def inputs(cache: Path) -> TrainingInputs:
         seed=0,
         settings=TrainingSettings(),
         folders={},
+        waits={},
     )
 
 

@@ -213,7 +213,7 @@ def test_early_stopping_takes_the_best_epoch(small: Prepared, tmp_path: Path) ->
     assert isinstance(one, CropClassifier)
     # A rate that ruins the network after the first epochs.
     wild = replace(one, recipe=replace(_recipe(one), epochs=12, optimizer=Optimizer("sgd", 1.0)), patience=2)
-    training = replace(small.inputs.training, cache=tmp_path, folders={})
+    training = replace(small.inputs.training, cache=tmp_path, folders={}, waits={})
     wild.train(training)
     (folder,) = training.folders.values()
     curve = pl.read_parquet(folder / "history.parquet")
@@ -230,8 +230,8 @@ def test_a_crop_classifier_killed_while_training_ends_the_same(
     one = reference(small, "crop_classifier")
     assert isinstance(one, CropClassifier)
     short = replace(one, recipe=replace(_recipe(one), epochs=4, batch_size=10), patience=3)
-    whole = replace(small.inputs.training, cache=tmp_path / "whole", folders={})
-    killed = replace(small.inputs.training, cache=tmp_path / "killed", folders={})
+    whole = replace(small.inputs.training, cache=tmp_path / "whole", folders={}, waits={})
+    killed = replace(small.inputs.training, cache=tmp_path / "killed", folders={}, waits={})
     (expected,) = short.train(whole)
     original = fit.Keeper.on_train_batch_end
 

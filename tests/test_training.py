@@ -64,6 +64,7 @@ def inputs(tmp_path: Path) -> TrainingInputs:
         seed=0,
         settings=TrainingSettings(),
         folders={},
+        waits={},
     )
 
 
@@ -72,7 +73,7 @@ def weights(inputs: TrainingInputs) -> list[Path]:
 
 
 def elsewhere(inputs: TrainingInputs, folder: Path, **settings: Any) -> TrainingInputs:
-    return replace(inputs, cache=folder, settings=TrainingSettings(**settings), folders={})
+    return replace(inputs, cache=folder, settings=TrainingSettings(**settings), folders={}, waits={})
 
 
 def largest_difference(first: nn.Module, second: nn.Module) -> float:
@@ -277,7 +278,7 @@ def test_kill_9_while_training_changes_nothing(tmp_path: Path) -> None:
     assert start("whole").wait(timeout=300) == 0
     killed = start("killed")
     deadline = time.monotonic() + 200
-    while not list((tmp_path / "killed").rglob("last.ckpt")) and time.monotonic() < deadline:
+    while not list((tmp_path / "killed").glob("cache/trained/*/last.ckpt")) and time.monotonic() < deadline:
         assert killed.poll() is None
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)
@@ -311,7 +312,7 @@ def test_a_damaged_checkpoint_is_no_obstacle(inputs: TrainingInputs, tmp_path: P
 
 def test_epochs_are_kept_on_request_and_read_by_number(inputs: TrainingInputs, tmp_path: Path) -> None:
     long = replace(ENCODER, recipe=replace(RECIPE, epochs=4))
-    kept = replace(inputs, settings=TrainingSettings(checkpoint_every=2), folders={})
+    kept = replace(inputs, settings=TrainingSettings(checkpoint_every=2), folders={}, waits={})
     last = long.train(kept)
     (folder,) = kept.folders.values()
     assert sorted(path.name for path in folder.glob("epoch-*")) == ["epoch-0002", "epoch-0004"]
@@ -404,3 +405,13 @@ def test_a_run_trains_with_two_processes_without_starting_itself_again(tmp_path:
     assert done.code == 0, done.stderr
     assert "2 processes times 1 accumulated batches of 30" in (tmp_path / "dejavu_exp.log").read_text()
     assert len(list(tmp_path.rglob("figures.json"))) == 1
+
+
+def test_a_network_from_the_cache_costs_what_its_training_took(inputs: TrainingInputs) -> None:
+    ENCODER.train(inputs)
+    (folder,) = inputs.folders.values()
+    (folder / fit.COST).write_text('{"epochs": 1, "seconds": 1000.0}')
+    again = replace(inputs, folders={}, waits={})
+    ENCODER.train(again)
+    assert again.whole_cost(again.waits["training the encoder"] + 5, ()) == pytest.approx(1005)
+    assert again.whole_cost(5, again.folders) == 5

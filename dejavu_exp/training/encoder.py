@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +17,7 @@ from dejavu_exp.encoders.base import finish
 from dejavu_exp.encoders.weights import as_state_dict, load_strictly, read_checkpoint
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.tables import Role, Status
-from dejavu_exp.training.fit import Job, TrainingSettings, trained
+from dejavu_exp.training.fit import COST, Job, TrainingSettings, trained
 from dejavu_exp.training.recipe import Recipe
 from dejavu_exp.training.views import TRAINING_VIEWS
 
@@ -38,6 +41,7 @@ class TrainingInputs:
         seed: of initialisation, order and augmentation.
         settings: processes, precision, checkpoints.
         folders: gets the folder of each network trained or taken, by name.
+        waits: gets the seconds that this run spent on each of them.
     """
 
     model: Encoder | TrainedEncoder
@@ -51,12 +55,26 @@ class TrainingInputs:
     seed: int
     settings: TrainingSettings
     folders: dict[str, Path]
+    waits: dict[str, float]
 
     def run(self, job: Job, epoch: int | None = None) -> Path:
         """The folder of a job's weights, trained where they are missing; see `fit.trained`."""
+        start = time.perf_counter()
         found = trained(job, self.settings, self.store, self.device, self.cache, epoch)
         self.folders[job.title] = found.parent
+        self.waits[job.title] = self.waits.get(job.title, 0) + time.perf_counter() - start
         return found
+
+    def whole_cost(self, seconds: float, known: Collection[str]) -> float:
+        """Seconds of a stage as if it had trained its networks whole, and not taken them, or a part, from the cache.
+
+        Args:
+            seconds: that the stage took.
+            known: the names in `folders` before it.
+        """
+        new = self.folders.keys() - set(known)
+        recorded = sum(json.loads((self.folders[title] / COST).read_text())["seconds"] for title in new)
+        return float(seconds - sum(self.waits[title] for title in new) + recorded)
 
     def lessons(self, views: pl.DataFrame) -> pl.DataFrame:
         """The views that a reference may be trained on: none whose image is measured.

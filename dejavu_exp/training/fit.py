@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ MOST_POINTS = 2000
 BEST = "best"
 LAST = "last.ckpt"
 DONE = "done.json"
+COST = "cost.json"
 
 
 @dataclass(frozen=True)
@@ -238,11 +240,13 @@ class Keeper(pl_lightning.Callback):
         self.best: float | None = None
         self.best_epoch = 0
         self.waited = 0
+        self.seconds = 0.0
+        self._epoch_began = 0.0
         self._bar: tqdm[Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
-        return {name: getattr(self, name) for name in ("history", "best", "best_epoch", "waited")}
+        return {name: getattr(self, name) for name in ("history", "best", "best_epoch", "waited", "seconds")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what the checkpoint holds."""
@@ -267,6 +271,7 @@ class Keeper(pl_lightning.Callback):
 
     def on_train_epoch_start(self, trainer: pl_lightning.Trainer, module: pl_lightning.LightningModule) -> None:
         """Give dropout and the like the same stream, whether or not the run was killed before."""
+        self._epoch_began = time.perf_counter()
         torch.manual_seed(
             provenance.hash_order(self.seed, "training/epoch", f"{trainer.current_epoch}/{trainer.global_rank}") % 2**63
         )
@@ -308,11 +313,13 @@ class Keeper(pl_lightning.Callback):
             self._validate(trainer, task, epoch)
         elif epoch == self.until or (self.every and epoch % self.every == 0):
             self._write(trainer, task, folder_of(self.folder, epoch))
+        self.seconds += time.perf_counter() - self._epoch_began
         partial = self.folder / f".{LAST}.partial"
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
             os.replace(partial, self.folder / LAST)
             pl.DataFrame(self.history, schema=HISTORY).write_parquet(self.folder / "history.parquet")
+            tables.write_json({"epochs": epoch, "seconds": round(self.seconds, 1)}, self.folder / COST)
         trainer.strategy.barrier()
 
     def _validate(self, trainer: pl_lightning.Trainer, task: Task, epoch: int) -> None:
