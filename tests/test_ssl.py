@@ -31,6 +31,7 @@ from dejavu_exp.training import (
     Job,
     Optimizer,
     Recipe,
+    Schedule,
     Supervised,
     TrainedEncoder,
     TrainingInputs,
@@ -130,14 +131,14 @@ class Together:
     def augment(self, config: Mapping[str, Any], *, validation: bool = False) -> Any:
         return AllViews(tuple(part.augment(config) for part in self.parts))
 
-    def task(self, network: nn.Module, batch_size: int, steps: int, steps_per_epoch: int) -> Task:
+    def task(self, network: nn.Module, schedule: Schedule) -> Task:
         tasks = []
         for part in self.parts:
             own: Any = copy.deepcopy(network)
             if part.supervised:
                 own.reset_classifier(2)
-            tasks.append(part.task(own, batch_size, steps, steps_per_epoch))
-        return Tasks(tasks, self.shares, self.optimizer, batch_size, steps, steps_per_epoch)
+            tasks.append(part.task(own, schedule))
+        return Tasks(tasks, self.shares, schedule)
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(name: str, tinted: Data, tmp_p
 
 def killed_after_half(task: Any, *args: Any, **kwargs: Any) -> None:
     super(Task, task).optimizer_step(*args, **kwargs)
-    done = (task.trainer.global_step + 1) / task._steps
+    done = (task.trainer.global_step + 1) / task.schedule.steps
     if done > 0.5:
         raise KeyError("killed")
     task.after_step(done)
@@ -326,7 +327,7 @@ def test_small_crops_follow_the_networks_size(side: int, chosen: int | None, exp
 @pytest.mark.parametrize("name", ["byol", "dino"])
 def test_the_moving_average_follows_the_papers_schedule(name: str, tinted: Data, tmp_path: Path) -> None:
     recipe = replace(RECIPES[name], momentum=0.5)
-    task: Any = recipe.task(NETWORK.build(), 16, 5, 5)
+    task: Any = recipe.task(NETWORK.build(), Schedule(Optimizer("sgd", 0.1), 16, 5, 5))
     expected = {key: value.clone() for key, value in task.average.named_parameters()}
     for step in range(5):
         with torch.no_grad():
@@ -342,8 +343,8 @@ def test_the_moving_average_follows_the_papers_schedule(name: str, tinted: Data,
 
 
 def test_byol_keeps_the_trained_network_and_dino_the_teacher() -> None:
-    byol: Any = RECIPES["byol"].task(NETWORK.build(), 16, 4, 2)
-    dino: Any = RECIPES["dino"].task(NETWORK.build(), 16, 4, 2)
+    byol: Any = RECIPES["byol"].task(NETWORK.build(), Schedule(Optimizer("sgd", 0.1), 16, 4, 2))
+    dino: Any = RECIPES["dino"].task(NETWORK.build(), Schedule(Optimizer("sgd", 0.1), 16, 4, 2))
     assert byol.weights() == {"network": byol.network, "projector": byol.head}
     assert dino.weights() == {"network": dino.average, "projector": dino.average_head}
     for key, value in dino.head.state_dict().items():
@@ -351,7 +352,7 @@ def test_byol_keeps_the_trained_network_and_dino_the_teacher() -> None:
 
 
 def test_byol_of_perfect_predictions_is_zero_and_of_opposite_ones_eight() -> None:
-    task: Any = RECIPES["byol"].task(NETWORK.build(), 16, 4, 2)
+    task: Any = RECIPES["byol"].task(NETWORK.build(), Schedule(Optimizer("sgd", 0.1), 16, 4, 2))
     views = [torch.randn(4, 3, 32, 32)] * 2
     task.average, task.average_head = task.network, task.head
     for sign, expected in ((1, 0.0), (-1, 8.0)):
@@ -398,17 +399,17 @@ def test_small_crops_need_a_network_that_takes_them() -> None:
     recipe = RECIPES["dino"]
     fixed, free = (timm.create_model("test_vit", num_classes=0, dynamic_img_size=free) for free in (False, True))
     with pytest.raises(ConfigError, match=r"local_crops=2.*dynamic_img_size=true"):
-        recipe.task(fixed, 16, 4, 2)
-    task = recipe.task(free, 16, 4, 2)
+        recipe.task(fixed, Schedule(Optimizer("sgd", 0.1), 16, 4, 2))
+    task = recipe.task(free, Schedule(Optimizer("sgd", 0.1), 16, 4, 2))
     views = [torch.randn(2, 3, side, side) for side in (160, 160, 64, 64)]
     assert task.loss(views, torch.zeros(2)).isfinite()
-    replace(recipe, local_crops=0).task(fixed, 16, 4, 2)
+    replace(recipe, local_crops=0).task(fixed, Schedule(Optimizer("sgd", 0.1), 16, 4, 2))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_bfloat16_changes_the_loss_little(name: str) -> None:
     torch.manual_seed(0)
-    task = RECIPES[name].task(NETWORK.build(), 16, 4, 2)
+    task = RECIPES[name].task(NETWORK.build(), Schedule(Optimizer("sgd", 0.1), 16, 4, 2))
     views = [torch.randn(16, 3, 32, 32) for _ in range(2)]
     exact = task.loss(views, torch.zeros(16))
     with torch.autocast("cpu", torch.bfloat16):

@@ -25,6 +25,7 @@ from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.splits import PerClassSplit
 from dejavu_exp.training import (
     Optimizer,
+    Schedule,
     Supervised,
     TrainedEncoder,
     TrainingInputs,
@@ -161,7 +162,7 @@ def test_the_peak_grows_with_the_batch_and_the_log_says_so(
 
 def test_the_schedule_warms_up_and_falls_to_zero() -> None:
     layer = nn.Linear(2, 2)
-    built = Optimizer("sgd", 1.0, warmup_epochs=1).build(layer, 8, 30, 10)
+    built = Schedule(Optimizer("sgd", 1.0, warmup_epochs=1), 8, 30, 10).build(layer)
     rates = []
     for _ in range(30):
         rates.append(built["optimizer"].param_groups[0]["lr"])
@@ -174,11 +175,9 @@ def test_the_schedule_warms_up_and_falls_to_zero() -> None:
 
 
 def test_weight_decay_spares_biases_and_norms() -> None:
-    groups = (
-        Optimizer("sgd", 0.1, weight_decay=0.5)
-        .build(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), 8, 10, 5)["optimizer"]
-        .param_groups
-    )
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    built = Schedule(Optimizer("sgd", 0.1, weight_decay=0.5), 8, 10, 5).build(network)
+    groups = built["optimizer"].param_groups
     assert {(len(group["params"]), group["weight_decay"]) for group in groups} == {(3, 0.0), (1, 0.5)}
 
 
@@ -403,7 +402,7 @@ def test_a_copy_of_a_measured_image_is_refused_or_dropped(inputs: TrainingInputs
 def test_a_run_trains_with_two_processes_without_starting_itself_again(tmp_path: Path) -> None:
     done = measure(tmp_path, *SMALL, "reference=class_prior", "training.devices=2")
     assert done.code == 0, done.stderr
-    assert "2 processes times 1 accumulated batches of 30" in (tmp_path / "dejavu_exp.log").read_text()
+    assert "2 processes times 1 accumulated batches of 28" in (tmp_path / "dejavu_exp.log").read_text()
     assert len(list(tmp_path.rglob("figures.json"))) == 1
 
 

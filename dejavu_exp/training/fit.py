@@ -25,7 +25,7 @@ from dejavu_exp.datasets.stores import ImageStore
 from dejavu_exp.devices import hush, quiet_trainer
 from dejavu_exp.encoders import TimmEncoder
 from dejavu_exp.errors import ConfigError, DataError
-from dejavu_exp.training.recipe import Recipe, Task
+from dejavu_exp.training.recipe import Recipe, Schedule, Task
 from dejavu_exp.training.synchronized import synchronize
 from dejavu_exp.training.views import AugmentedViews, Place, StepBatches
 
@@ -126,7 +126,8 @@ def fit(job: Job, settings: TrainingSettings, store: ImageStore, device: str, fo
     steps_per_epoch = len(job.views) // batch_size
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
-        task = job.recipe.task(network, batch_size, job.recipe.epochs * steps_per_epoch, steps_per_epoch)
+        steps = job.recipe.epochs * steps_per_epoch
+        task = job.recipe.task(network, Schedule(job.recipe.optimizer, batch_size, steps, steps_per_epoch))
         if settings.devices > 1 and device == "cpu":
             synchronize(task)
         _say_learning_rate(job, settings, batch_size)

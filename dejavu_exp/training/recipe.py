@@ -54,25 +54,36 @@ class Optimizer:
         """
         return self.learning_rate if self.per is None else self.learning_rate * batch_size / self.per
 
-    def build(self, module: nn.Module, batch_size: int, steps: int, steps_per_epoch: int) -> dict[str, Any]:
-        """Optimizer and schedule as Lightning takes them.
 
-        Args:
-            module: its trainable parameters are optimised.
-            batch_size: images a step, over all processes.
-            steps: of the whole schedule.
-            steps_per_epoch: steps of a pass.
-        """
+@dataclass(frozen=True)
+class Schedule:
+    """An optimizer and how long it runs.
+
+    Attributes:
+        optimizer: how weights are changed.
+        batch_size: images a step, over all processes.
+        steps: of the whole recipe.
+        steps_per_epoch: steps of a pass.
+    """
+
+    optimizer: Optimizer
+    batch_size: int
+    steps: int
+    steps_per_epoch: int
+
+    def build(self, module: nn.Module) -> dict[str, Any]:
+        """Optimizer and schedule as Lightning takes them; the trainable parameters of the module are optimised."""
         import timm.optim
 
-        peak = self.peak(batch_size)
+        given = self.optimizer
+        peak = given.peak(self.batch_size)
         create: Any = timm.optim.create_optimizer_v2  # type: ignore[attr-defined]
-        momentum = {} if self.name == "adamw" else {"momentum": 0.9}
+        momentum = {} if given.name == "adamw" else {"momentum": 0.9}
         optimizer = create(
-            module, opt=self.name, lr=peak, weight_decay=self.weight_decay, filter_bias_and_bn=True, **momentum
+            module, opt=given.name, lr=peak, weight_decay=given.weight_decay, filter_bias_and_bn=True, **momentum
         )
-        warmup = min(round(self.warmup_epochs * steps_per_epoch), steps - 1)
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warmup)
+        warmup = min(round(given.warmup_epochs * self.steps_per_epoch), self.steps - 1)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps - warmup)
         if not warmup:
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cosine, "interval": "step"}}
         linear = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / (warmup + 1), 1.0, warmup)
@@ -84,16 +95,12 @@ class Task(pl_lightning.LightningModule):
     """A network and its loss. Subclasses give `loss`, and whatever follows a step in `after_step`.
 
     Args:
-        optimizer: how weights are changed.
-        batch_size: images a step, over all processes.
-        steps: of the whole schedule.
-        steps_per_epoch: steps of a pass.
+        schedule: how weights are changed, and for how long.
     """
 
-    def __init__(self, optimizer: Optimizer, batch_size: int, steps: int, steps_per_epoch: int) -> None:
+    def __init__(self, schedule: Schedule) -> None:
         super().__init__()
-        self._optimizer, self._batch_size = optimizer, batch_size
-        self._steps, self.steps_per_epoch = steps, steps_per_epoch
+        self.schedule = schedule
 
     def loss(self, views: Any, codes: Tensor) -> Tensor:  # noqa: ANN401 - a tensor, or a list of them
         """The mean loss of a batch.
@@ -123,11 +130,11 @@ class Task(pl_lightning.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
         """The step, and what follows it."""
         super().optimizer_step(*args, **kwargs)
-        self.after_step(min(1.0, (self.trainer.global_step + 1) / self._steps))
+        self.after_step(min(1.0, (self.trainer.global_step + 1) / self.schedule.steps))
 
     def configure_optimizers(self) -> Any:  # noqa: ANN401 - Lightning's own union
-        """See `Optimizer.build`."""
-        return self._optimizer.build(self, self._batch_size, self._steps, self.steps_per_epoch)
+        """See `Schedule.build`."""
+        return self.schedule.build(self)
 
 
 class Recipe(Protocol):
@@ -155,7 +162,7 @@ class Recipe(Protocol):
         """The augmentation; `config` is timm's data configuration: input_size, mean, std."""
         ...
 
-    def task(self, network: nn.Module, batch_size: int, steps: int, steps_per_epoch: int) -> Task:
+    def task(self, network: nn.Module, schedule: Schedule) -> Task:
         """The network with its loss."""
         ...
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dejavu_exp.errors import ConfigError
-from dejavu_exp.training.recipe import Optimizer, Task
+from dejavu_exp.training.recipe import Optimizer, Schedule, Task
 from dejavu_exp.training.supervised import check_length
 from dejavu_exp.training.views import Augment
 
@@ -232,13 +232,13 @@ class VICReg(SelfSupervised):
         # No loss on the covariances or differences of embeddings sees a last bias.
         return _head(width, self.projector_hidden, self.projector_out, self.projector_layers, last_bias=False)
 
-    def task(self, network: nn.Module, batch_size: int, steps: int, steps_per_epoch: int) -> Task:
+    def task(self, network: nn.Module, schedule: Schedule) -> Task:
         """See `Recipe.task`."""
         from lightly.loss import VICRegLoss
 
         criterion = VICRegLoss(self.invariance, self.variance, self.covariance)
         projector = self.projector(width_of(network))
-        return JointEmbedding(network, projector, criterion, self.optimizer, batch_size, steps, steps_per_epoch)
+        return JointEmbedding(network, projector, criterion, schedule)
 
 
 @dataclass(frozen=True)
@@ -267,13 +267,13 @@ class BarlowTwins(SelfSupervised):
         """See `Recipe.projector`."""
         return _head(width, self.projector_hidden, self.projector_out, self.projector_layers, last_bias=False)
 
-    def task(self, network: nn.Module, batch_size: int, steps: int, steps_per_epoch: int) -> Task:
+    def task(self, network: nn.Module, schedule: Schedule) -> Task:
         """See `Recipe.task`."""
         from lightly.loss import BarlowTwinsLoss
 
         criterion = BarlowTwinsLoss(self.off_diagonal)
         projector = self.projector(width_of(network))
-        return JointEmbedding(network, projector, criterion, self.optimizer, batch_size, steps, steps_per_epoch)
+        return JointEmbedding(network, projector, criterion, schedule)
 
 
 @dataclass(frozen=True)
@@ -302,13 +302,13 @@ class SimCLR(SelfSupervised):
         """See `Recipe.projector`."""
         return _head(width, self.projector_hidden, self.projector_out, self.projector_layers, last_norm=True)
 
-    def task(self, network: nn.Module, batch_size: int, steps: int, steps_per_epoch: int) -> Task:
+    def task(self, network: nn.Module, schedule: Schedule) -> Task:
         """See `Recipe.task`."""
         from lightly.loss import NTXentLoss
 
         criterion = NTXentLoss(self.temperature)
         projector = self.projector(width_of(network))
-        return JointEmbedding(network, projector, criterion, self.optimizer, batch_size, steps, steps_per_epoch)
+        return JointEmbedding(network, projector, criterion, schedule)
 
 
 @dataclass(frozen=True)
@@ -338,13 +338,11 @@ class BYOL(SelfSupervised):
         """See `Recipe.projector`."""
         return _head(width, self.projector_hidden, self.projector_out, self.projector_layers)
 
-    def task(self, network: nn.Module, batch_size: int, steps: int, steps_per_epoch: int) -> Task:
+    def task(self, network: nn.Module, schedule: Schedule) -> Task:
         """See `Recipe.task`."""
         projector = self.projector(width_of(network))
         predictor = _head(self.projector_out, self.predictor_hidden, self.projector_out, 2)
-        return Bootstrap(
-            network, projector, predictor, self.momentum, self.optimizer, batch_size, steps, steps_per_epoch
-        )
+        return Bootstrap(network, projector, predictor, self.momentum, schedule)
 
 
 @dataclass(frozen=True)
@@ -438,7 +436,7 @@ class DINO(SelfSupervised):
         projector: nn.Module = head
         return projector
 
-    def task(self, network: nn.Module, batch_size: int, steps: int, steps_per_epoch: int) -> Task:
+    def task(self, network: nn.Module, schedule: Schedule) -> Task:
         """See `Recipe.task`."""
         from lightly.loss import DINOLoss
 
@@ -456,7 +454,7 @@ class DINO(SelfSupervised):
             self.center_momentum,
         )
         head = self.projector(width_of(network))
-        return Distillation(network, head, criterion, self.momentum, self.optimizer, batch_size, steps, steps_per_epoch)
+        return Distillation(network, head, criterion, self.momentum, schedule)
 
 
 def width_of(network: nn.Module) -> int:
@@ -514,12 +512,9 @@ class JointEmbedding(Task):
         network: nn.Module,
         projector: nn.Module,
         criterion: nn.Module,
-        optimizer: Optimizer,
-        batch_size: int,
-        steps: int,
-        steps_per_epoch: int,
+        schedule: Schedule,
     ) -> None:
-        super().__init__(optimizer, batch_size, steps, steps_per_epoch)
+        super().__init__(schedule)
         self.network, self.projector, self.criterion = _channels_last(network), projector, criterion
 
     def loss(self, views: list[Tensor], codes: Tensor) -> Tensor:
@@ -543,12 +538,9 @@ class _Averaged(Task):
         network: nn.Module,
         head: nn.Module,
         momentum: float,
-        optimizer: Optimizer,
-        batch_size: int,
-        steps: int,
-        steps_per_epoch: int,
+        schedule: Schedule,
     ) -> None:
-        super().__init__(optimizer, batch_size, steps, steps_per_epoch)
+        super().__init__(schedule)
         self.network, self.head, self.momentum = _channels_last(network), head, momentum
         self.average, self.average_head = _frozen_copy(self.network), _frozen_copy(head)
 
@@ -562,7 +554,7 @@ class _Averaged(Task):
         from lightly.models.utils import update_momentum
         from lightly.utils.scheduler import cosine_schedule
 
-        momentum = cosine_schedule(round(done * self._steps) - 1, self._steps, self.momentum, 1.0)
+        momentum = cosine_schedule(round(done * self.schedule.steps) - 1, self.schedule.steps, self.momentum, 1.0)
         update_momentum(self.network, self.average, momentum)
         update_momentum(self.head, self.average_head, momentum)
 
@@ -576,14 +568,11 @@ class Bootstrap(_Averaged):
         projector: nn.Module,
         predictor: nn.Module,
         momentum: float,
-        optimizer: Optimizer,
-        batch_size: int,
-        steps: int,
-        steps_per_epoch: int,
+        schedule: Schedule,
     ) -> None:
         from lightly.loss import NegativeCosineSimilarity
 
-        super().__init__(network, projector, momentum, optimizer, batch_size, steps, steps_per_epoch)
+        super().__init__(network, projector, momentum, schedule)
         self.predictor, self.criterion = predictor, NegativeCosineSimilarity()
 
     def loss(self, views: list[Tensor], codes: Tensor) -> Tensor:
@@ -608,12 +597,9 @@ class Distillation(_Averaged):
         head: nn.Module,
         criterion: nn.Module,
         momentum: float,
-        optimizer: Optimizer,
-        batch_size: int,
-        steps: int,
-        steps_per_epoch: int,
+        schedule: Schedule,
     ) -> None:
-        super().__init__(network, head, momentum, optimizer, batch_size, steps, steps_per_epoch)
+        super().__init__(network, head, momentum, schedule)
         self.criterion = criterion
 
     def loss(self, views: list[Tensor], codes: Tensor) -> Tensor:

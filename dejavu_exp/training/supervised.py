@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dejavu_exp.errors import ConfigError
-from dejavu_exp.training.recipe import Optimizer, Task
+from dejavu_exp.training.recipe import Optimizer, Schedule, Task
 from dejavu_exp.training.views import Augment
 
 
@@ -68,9 +68,9 @@ class Supervised:
             )
         )
 
-    def task(self, network: nn.Module, batch_size: int, steps: int, steps_per_epoch: int) -> Task:
+    def task(self, network: nn.Module, schedule: Schedule) -> Task:
         """See `Recipe.task`."""
-        return Classification(network, self.label_smoothing, self.optimizer, batch_size, steps, steps_per_epoch)
+        return Classification(network, self.label_smoothing, schedule)
 
     @property
     def projector_layers(self) -> int:
@@ -139,12 +139,9 @@ class Classification(Task):
         self,
         network: nn.Module,
         label_smoothing: float,
-        optimizer: Optimizer,
-        batch_size: int,
-        steps: int,
-        steps_per_epoch: int,
+        schedule: Schedule,
     ) -> None:
-        super().__init__(optimizer, batch_size, steps, steps_per_epoch)
+        super().__init__(schedule)
         self.network = network.to(memory_format=torch.channels_last)
         self.label_smoothing = label_smoothing
 
