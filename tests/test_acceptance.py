@@ -1,8 +1,11 @@
-"""The default run against the planted truth."""
+"""The default run, and all references side by side, against the planted truth."""
 
+import numpy as np
 import polars as pl
 import pytest
-from conftest import Finished
+from conftest import Finished, measure
+
+from dejavu_exp.datasets.shapes import Shapes
 
 pytestmark = pytest.mark.slow
 
@@ -54,3 +57,52 @@ def test_every_row_is_in_the_scores_and_counts_add_up(default_run: Finished) -> 
             assert (of_role["status"] == "ok").sum() == counts[role]["used"]
     for count in counts.values():
         assert count["used"] + count["excluded"] == count["rows"]
+
+
+@pytest.fixture(scope="module")
+def side_by_side(default_run: Finished, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Three references and the two-model test in one run; the encoder under test is that of the default run."""
+    folder = tmp_path_factory.mktemp("side_by_side")
+    done = measure(folder, "experiment=side_by_side", cache=default_run.folder / "cache", timeout=900)
+    assert done.code == 0, done.stderr
+    return done
+
+
+def test_every_reference_finds_the_planted_rows(side_by_side: Finished) -> None:
+    references = side_by_side.figures()["references"]
+    assert list(references) == ["two_model", "crop_classifier", "naive_bayes", "naive_bayes_top2"]
+    for name, found in references.items():
+        assert found["planted"]["auroc"]["value"] >= 0.9, name
+        assert found["planted"]["auroc"]["n_used"] == 400
+
+
+def test_the_cheap_references_give_the_gap_of_the_two_model_test(side_by_side: Finished) -> None:
+    pairs = side_by_side.figures()["agreement"]["pairs"]
+    for pair in pairs[:3]:
+        assert pair["first"] == "two_model"
+        for kind in ("target", "corrected"):
+            difference = pair[kind]["100"]
+            assert abs(difference["value"]) <= 0.05, (pair["second"], kind)
+            assert difference["low"] <= difference["value"] <= difference["high"]
+        shown = f"two_model - {pair['second']}"
+        assert shown in " ".join(side_by_side.stdout.split())
+    assert "Where the references agree" in (side_by_side.folder / "report.html").read_text()
+
+
+def test_the_images_that_all_call_correlated_are_the_typical_ones(side_by_side: Finished) -> None:
+    listed = pl.read_parquet(side_by_side.folder / "correlated.parquet")
+    positions = np.load(side_by_side.folder / "correlated.npy", allow_pickle=False)
+    assert positions.tolist() == listed["position"].to_list()
+    rows = Shapes().manifest().rows
+    background = rows.filter(pl.col("id").is_in(listed["id"].implode()))["background"]
+    assert len(listed) > 80
+    assert (background == "typical").mean() > 0.9
+    train = rows.filter(pl.col("origin") == "train").sort("label", "path")
+    assert train["id"].gather(positions).to_list() == listed["id"].to_list()
+
+
+def test_training_is_not_repeated_and_its_cost_is_told(side_by_side: Finished) -> None:
+    assert "training the encoder" not in side_by_side.stderr
+    seconds = side_by_side.figures()["run"]["seconds"]
+    assert seconds["references/two_model"] > seconds["references/naive_bayes"]
+    assert seconds["encoder"] > 1

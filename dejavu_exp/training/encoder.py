@@ -73,8 +73,12 @@ class TrainingInputs:
             known: the names in `folders` before it.
         """
         new = self.folders.keys() - set(known)
-        recorded = sum(json.loads((self.folders[title] / COST).read_text())["seconds"] for title in new)
-        return float(seconds - sum(self.waits[title] for title in new) + recorded)
+        recorded = sum(self._recorded_cost(title) for title in new)
+        return seconds - sum(self.waits[title] for title in new) + recorded
+
+    def _recorded_cost(self, title: str) -> float:
+        path = self.folders[title] / COST
+        return float(json.loads(path.read_text())["seconds"]) if path.exists() else self.waits[title]
 
     def lessons(self, views: pl.DataFrame) -> pl.DataFrame:
         """The views that a reference may be trained on: none whose image is measured.
