@@ -236,7 +236,8 @@ def run_rows(comparison: Comparison) -> list[dict[str, str]]:
     return [
         {
             "run": row["run"],
-            "encoder": row["encoder"] + (" (random weights)" if row["random_weights"] else ""),
+            # Without the arguments of its architecture, which a run's own report has.
+            "encoder": row["encoder"].split(", arch_args")[0] + (" (random weights)" if row["random_weights"] else ""),
             "weights": row["weights"],
             "trained here": _plain(row["trained_here"]),
             "epoch": _plain(row["epoch"]),
@@ -569,7 +570,8 @@ table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabula
 th, td { padding: .28rem .5rem; text-align: right; border-bottom: 1px solid #dcdcdc; white-space: nowrap; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
 thead th { border-bottom: 2px solid #1c1c1c; position: sticky; top: 0; background: white; }
-.long td { white-space: normal; word-break: break-word; min-width: 4rem; max-width: 24rem; vertical-align: top; }
+.long td { white-space: normal; overflow-wrap: break-word; min-width: 4rem; max-width: 24rem; vertical-align: top; }
+.long td:nth-child(2), .long td:nth-child(3) { min-width: 11rem; text-align: left; }
 tr.first td { border-top: 2px solid #dcdcdc; }
 figure { margin: .8rem 0; } figure img { max-width: 100%; }
 .pair { display: flex; flex-wrap: wrap; gap: 1.2rem; } .pair figure { flex: 1 1 420px; margin: .2rem 0; }
@@ -603,9 +605,6 @@ the reasons stand at the end.</div>
 {{ grid(rows) }}
 <p class="soft">comparison.csv and comparison.parquet beside this file also hold top-5, the shares of rows,
 and the rows behind each figure.</p>
-<h2>The runs</h2>
-<p class="soft">After the split: utility measures, in their own units, and the settings that tell the runs apart.</p>
-{{ grid(runs, "long") }}
 {% if sweeps %}
 <h2>By setting</h2>
 <p>All target rows, or the widest share a run reports. Left: accuracy of the encoder (solid, with
@@ -641,6 +640,9 @@ unassociated: neither.</p>
 <figure><img src="{{ picture }}" alt="Shares of the four kinds of rows of each run against {{ name }}."></figure>
 {% endfor %}
 {% if more_references %}<p class="soft">No plots against: {{ more_references | join(", ") }}.</p>{% endif %}
+<h2>The runs</h2>
+<p class="soft">After the split: utility measures, in their own units, and the settings that tell the runs apart.</p>
+{{ grid(runs, "long") }}
 <h2>Left out</h2>
 {% if skipped %}
 <ul>{% for item in skipped %}<li><b>{{ item.run }}</b>: {{ item.reason }}</li>{% endfor %}</ul>
