@@ -289,3 +289,24 @@ def test_a_large_model_with_random_weights_runs_through_on_a_handful_of_images(t
     done = measure(tmp_path / "run", *kept, *few, *chosen)
     assert done.code == 0, done.stderr
     assert done.figures()["encoder"]["random"] is True
+
+
+@pytest.mark.slow
+def test_a_sweep_over_epochs_trains_once_and_is_compared(tmp_path: Path) -> None:
+    overrides = [
+        *SMALL,
+        "model.recipe.epochs=2",
+        "training.checkpoint_every=1",
+        "reference=class_prior",
+        "utility=none",
+    ]
+    command = [sys.executable, "-m", "dejavu_exp", "experiment=epochs", "hydra.sweep.dir=sweep", "model.epoch=1,2"]
+    settings = {**os.environ, "DEJAVU_CACHE": str(tmp_path / "cache")}
+    subprocess.run([*command, *overrides], cwd=tmp_path, env=settings, check=True, capture_output=True, timeout=300)
+    (trained,) = (tmp_path / "cache" / "trained").iterdir()
+    assert sorted(path.name for path in trained.glob("epoch-*")) == ["epoch-0001", "epoch-0002"]
+    compare = [sys.executable, "-m", "dejavu_exp.compare", "sweep", "--out", "compared"]
+    subprocess.run(compare, cwd=tmp_path, check=True, capture_output=True, timeout=100)
+    table = pl.read_parquet(tmp_path / "compared" / "comparison.parquet")
+    assert sorted(table["epoch"].unique()) == [1, 2]
+    assert "model.epoch" in (tmp_path / "compared" / "comparison.html").read_text()
