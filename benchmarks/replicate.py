@@ -59,7 +59,7 @@ def insert(document: str, text: str) -> str:
 
 def section(figures: Mapping[str, Any]) -> str:
     """The comparison as Markdown."""
-    names = list(figures["references"])
+    names = figures["agreement"]["references"]  # in the order of the configuration
     return "\n\n".join(
         [
             _counts(figures),
