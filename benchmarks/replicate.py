@@ -115,7 +115,6 @@ def _gaps(figures: Mapping[str, Any], names: Sequence[str]) -> str:
                     *(points(cell[what]) for what in ("target", "reference", "gap")),
                     points(unseen["gap"]),
                     points(found["corrected_gap"]["top1"][percent]),
-                    points(found.get("both_directions", {}).get("top1", {}).get(percent)),
                 ]
             )
     head = [
@@ -126,7 +125,6 @@ def _gaps(figures: Mapping[str, Any], names: Sequence[str]) -> str:
         "gap",
         "gap, unseen",
         "corrected gap",
-        "both directions",
     ]
     return table(head, rows)
 
