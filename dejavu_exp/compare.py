@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,8 +18,8 @@ from typing import Any, TypeAlias
 
 import polars as pl
 
-from dejavu_exp import metrics, tables
-from dejavu_exp.errors import ConfigError, DataError, DejavuError
+from dejavu_exp import config, metrics, tables
+from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.report import compared
 from dejavu_exp.report.compared import Comparison, Skipped
 
@@ -179,12 +178,12 @@ def read(folder: Path, name: str) -> Run:
         raise DataError(
             f"figures.json has schema {schema}, and this version reads {tables.FIGURES_VERSION}. Repeat the run."
         )
-    config = _mapping(figures, "run", "config")
+    settings = _mapping(figures, "run", "config")
     return Run(
         name=name,
         created=_text(_get(figures, "run", "created")),
         data_hash=_text(_get(figures, "dataset", "hash")),
-        config=dict(_flat(config)),
+        config=dict(_flat(settings)),
         rows=list(_rows(name, figures)),
     )
 
@@ -432,12 +431,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where to write (default: the first DIR)")
     asked = parser.parse_args(arguments)
-    try:
+    with config.spoken_errors():
         compared.show(compare(asked.folders, asked.out or asked.folders[0]))
-    except DejavuError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise
-        sys.exit(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -180,6 +180,7 @@ def training_inputs(plan: Plan, views: Views) -> TrainingInputs:
     if any(reference.is_trained for reference in plan.references.values()):
         # Found before any training, which may take days.
         inputs.heldout()
+        inputs.for_reference()
     return inputs
 
 

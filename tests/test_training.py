@@ -16,6 +16,7 @@ import polars as pl
 import pytest
 import torch
 from conftest import SMALL, measure
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dejavu_exp import crops, images
@@ -395,7 +396,7 @@ def test_a_copy_of_a_measured_image_is_refused_or_dropped(inputs: TrainingInputs
         planted.for_reference()
     dropped = replace(planted, settings=TrainingSettings(copies="drop")).for_reference()
     assert twin not in dropped.images["id"]
-    assert set(dropped.images["role"]) == {"heldout", "shared", "public"}
+    assert set(dropped.images["role"]) == {"heldout", "shared"}
 
 
 @pytest.mark.slow
@@ -414,3 +415,24 @@ def test_a_network_from_the_cache_costs_what_its_training_took(inputs: TrainingI
     ENCODER.train(again)
     assert again.whole_cost(again.waits["training the encoder"] + 5, ()) == pytest.approx(1005)
     assert again.whole_cost(5, again.folders) == 5
+
+
+def test_training_starts_from_the_weights_given_and_knows_them_by_content(
+    inputs: TrainingInputs, tmp_path: Path
+) -> None:
+    path = tmp_path / "start.safetensors"
+    still = replace(RECIPE, optimizer=Optimizer("sgd", 1e-12))
+
+    def trained_from(seed: int) -> tuple[nn.Module, nn.Module]:
+        # A classifier of another size, as published weights have.
+        given = replace(ENCODER.network, arch_args={**ARGUMENTS, "num_classes": 7}, seed=seed).build()
+        save_file(given.state_dict(), path)
+        loaded = replace(ENCODER, network=replace(ENCODER.network, weights=str(path)), recipe=still).train(inputs)
+        return given, loaded.module
+
+    for seed in (5, 6):
+        given, found = trained_from(seed)
+        parameters = dict(found.named_parameters())
+        for name, value in given.named_parameters():
+            if not name.startswith("fc."):
+                assert torch.allclose(parameters[f"model.{name}"], value, atol=1e-7), name

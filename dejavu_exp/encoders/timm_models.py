@@ -151,6 +151,24 @@ class TimmEncoder:
             ) from error
         return model
 
+    def start(self) -> nn.Module:
+        """The whole model that training starts from: with its weights, but for the classifier, if of other classes.
+
+        Raises:
+            WeightsError: the weights cannot be had, or do not fit the architecture.
+        """
+        if self.weights == sources.HUB:
+            return self._from_hub()
+        model = self.build()
+        if self.weights != sources.RANDOM:
+            path = sources.local_path(self.weights)
+            state = sources.as_state_dict(sources.read_checkpoint(path), path)
+            heads = tuple(f"{name}." for name in _classifiers(model))
+            body = {name: value for name, value in state.items() if not name.startswith(heads)}
+            own_head = [name for name in model.state_dict() if name.startswith(heads)]
+            sources.load_strictly(model, body, self.arch, path, own_head)
+        return model
+
     def _from_hub(self) -> nn.Module:
         published = self._published()
         name = self._hub_name()

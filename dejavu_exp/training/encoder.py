@@ -111,7 +111,7 @@ class TrainingInputs:
 
     def for_reference(self) -> TrainingInputs:
         """The inputs for training a reference: without the measured roles, without copies of their images."""
-        others = self.images.filter(~pl.col("role").is_in([Role.TARGET, Role.UNSEEN]))
+        others = self.images.filter(pl.col("role").is_in([Role.HELDOUT, Role.SHARED]))
         return replace(self, images=self.lessons(others))
 
 
@@ -158,10 +158,6 @@ class TrainedEncoder:
     def check(self) -> None:
         """The architecture exists."""
         self.network.check()
-
-    def on(self, *roles: str) -> TrainedEncoder:
-        """The same recipe on other roles."""
-        return replace(self, roles=roles)
 
     def train(self, inputs: TrainingInputs, title: str = "training the encoder") -> LoadedEncoder:
         """Train, or take the weights that the same inputs gave before, and load the result.

@@ -121,7 +121,7 @@ def fit(job: Job, settings: TrainingSettings, store: ImageStore, device: str, fo
     from timm.data.config import resolve_model_data_config
 
     batch_size = _batch_size(job, settings)
-    network = job.network.build()
+    network = job.network.start()
     config = resolve_model_data_config(network)  # type: ignore[no-untyped-call]
     steps_per_epoch = len(job.views) // batch_size
     with torch.random.fork_rng():
@@ -407,10 +407,13 @@ def _facts(job: Job) -> dict[str, Any]:
 
 def _key(job: Job, settings: TrainingSettings, device: str) -> str:
     facts = {name: value for name, value in _facts(job).items() if name != "title"}
+    # A path says nothing of what lies there.
+    start = Path(job.network.weights).expanduser()
     libraries = {} if job.recipe.supervised else {"lightly": importlib.metadata.version("lightly")}
     return provenance.key_of(
         {
             **facts,
+            "start": provenance.hash_file(start) if start.is_file() else job.network.weights,
             "views": provenance.hash_table(job.views),
             "validation": provenance.hash_table(job.validation),
             "devices": settings.devices,
