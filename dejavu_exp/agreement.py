@@ -32,7 +32,7 @@ class _Judgement:
         judged: shape (N,), True where the reference has a figure.
         confidence: shape (N,), of its answers.
         score: shape (N,), memorization score; NaN also where it is not defined.
-        sets: 1 for the members of each of `SETS`, shape (N,).
+        sets: 1 for the members of each of `SETS`, shape (N,); and "value", the reference's part of the gap.
     """
 
     judged: BoolArray
@@ -47,7 +47,12 @@ class _Judgement:
 
 
 def compare_references(
-    scores: pl.DataFrame, fractions: Sequence[float], level: float, resamples: int, seed: int
+    scores: pl.DataFrame,
+    fractions: Sequence[float],
+    level: float,
+    resamples: int,
+    seed: int,
+    value: pl.Expr | None = None,
 ) -> dict[str, Any]:
     """Compare every two references on the rows that both judge.
 
@@ -56,11 +61,13 @@ def compare_references(
     places. All pairs that judge the same rows see the same resamples of them, and so do all figures of a pair.
 
     Args:
-        scores: columns of `tables.SCORES`, all references; roles other than target and unseen play no part.
+        scores: columns of `tables.SCORES` or `tables.OBJECT_SCORES`, all references; roles other than target and
+            unseen play no part.
         fractions: most confident fractions, each in (0, 1].
         level: of the intervals.
         resamples: of the bootstrap.
         seed: of the bootstrap.
+        value: what the reference's part of a gap is the mean of; None: its correctness.
 
     Returns:
         JSON-ready. `references`: their names. `pairs`: for each the two names, the differences of gaps on `target` and
@@ -72,6 +79,8 @@ def compare_references(
         target rows that all call correlated, among those that all judge. What is undefined, such as the kappa of a
         constant or the Jaccard index of two empty sets, is null with its counts.
     """
+    answered = pl.col("reference_correct") if value is None else value
+    scores = scores.with_columns(answered.cast(pl.Float64).alias("value"))
     names = scores["reference"].unique(maintain_order=True).to_list()
     on_target = _judgements(scores, Role.TARGET, names)
     pairs = _pairs(scores, on_target, fractions, level, resamples, seed)
@@ -135,7 +144,7 @@ def _judgements(scores: pl.DataFrame, role: str, names: Sequence[str]) -> dict[s
     for name in names:
         usable = of_role.filter(pl.col("reference") == name, pl.col("status") == Status.OK)
         rows = ids.join(usable, on="id", how="left", validate="1:1", maintain_order="left")
-        sets = {"correct": pl.col("reference_correct")} | {
+        sets = {"correct": pl.col("reference_correct"), "value": pl.col("value")} | {
             quadrant: pl.col("quadrant") == quadrant for quadrant in ("memorized", "correlated")
         }
         found[name] = _Judgement(
@@ -241,9 +250,9 @@ def _by_pair(draws: Draws, pairs: Sequence[Pair]) -> dict[Pair, Draws]:
 def _differences(
     judgements: Mapping[str, _Judgement], pairs: Sequence[Pair], fractions: Sequence[float], weights: FloatArray
 ) -> FloatArray:
-    """Accuracy of the second less that of the first at each fraction, shape (B, pairs, fractions)."""
+    """Mean value of the second less that of the first at each fraction, shape (B, pairs, fractions)."""
     accuracies = {
-        name: metrics.confident_means(found.sets["correct"], found.confidence, fractions, weights)
+        name: metrics.confident_means(found.sets["value"], found.confidence, fractions, weights)
         for name, found in judgements.items()
     }
     return np.stack([accuracies[second] - accuracies[first] for first, second in pairs], axis=1)

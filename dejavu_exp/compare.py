@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -81,8 +82,10 @@ def gather(folders: Sequence[Path]) -> Comparison:
 
     Returns:
         The table, one row per run, reference, top and confident share; and what was left out. Shares of rows are
-        fractions, `surest` is in percent. Quadrant shares, the planted AUROC, seconds and utility do not depend on
-        `top` and `surest` and are repeated: the quadrants are those of all usable target rows, top-1.
+        fractions, `surest` is in percent. Of an object run (column `infers`) `top` is the prediction, all rows count,
+        accuracies are mean recalls and gaps are PRG. Quadrant shares, the planted AUROC, seconds and utility do not
+        depend on `top` and `surest` and are repeated: the quadrants are those of all usable target rows, of a label run
+        top-1, of an object run of the headline's prediction.
 
     Raises:
         ConfigError: a folder does not exist or holds no run.
@@ -247,7 +250,9 @@ def _rows(name: str, figures: Json) -> Iterator[dict[str, Json]]:
         "epoch": _number(_maybe(figures, "encoder", "epoch"), "encoder.epoch"),
         "dataset": _text(_get(figures, "dataset", "name")),
         "split": _text(_get(figures, "split", "hash"))[:HASH_DIGITS],
+        "infers": _infers(figures),
     }
+    rows_of = partial(_object_rows, _predictions(figures)) if head["infers"] == "objects" else _reference_rows
     utility: dict[str, Json] = {}
     for item in _list(_maybe(figures, "utility"), "utility"):
         utility |= _cells(f"utility_{_text(_get(item, 'measure'))}", _get(item, "estimate"))
@@ -261,8 +266,15 @@ def _rows(name: str, figures: Json) -> Iterator[dict[str, Json]]:
             **utility,
             "created": _text(_get(figures, "run", "created")),
         }
-        for row in _reference_rows(found):
+        for row in rows_of(found):
             yield {**head, "reference": _text(reference), "headline": reference == headline, **row, **tail}
+
+
+def _infers(figures: Json) -> str:
+    kind = _get(figures, "infers")
+    if kind not in compared.WORDINGS:
+        raise DataError(f"figures.json: infers is {kind!r}; expected one of {', '.join(compared.WORDINGS)}.")
+    return str(kind)
 
 
 def _list(value: Json, name: str) -> list[Json]:
@@ -286,12 +298,13 @@ def _whole_run_cells(found: Json) -> dict[str, Json]:
 
 
 def _reference_rows(found: Json) -> Iterator[dict[str, Json]]:
+    """Rows of a reference of a label run, top-1 first."""
     target = _mapping(found, "roles", "target")
     for top in sorted(key for key in target if re.fullmatch("top[0-9]+", key)):
         for percent in sorted(_mapping(target, top), key=_share, reverse=True):
             cell = target[top][percent]
             yield {
-                "top": int(top.removeprefix("top")),
+                "top": top,
                 "surest": _share(percent),
                 **_cells("target_accuracy", _get(cell, "target")),
                 **_cells("reference_accuracy", _get(cell, "reference")),
@@ -300,6 +313,30 @@ def _reference_rows(found: Json) -> Iterator[dict[str, Json]]:
                 **_cells("corrected_gap", _maybe(found, "corrected_gap", top, percent)),
                 **_cells("both_directions", _maybe(found, "both_directions", top, percent)),
             }
+
+
+def _predictions(figures: Json) -> list[str]:
+    """What an object run may have predicted, the headline's first."""
+    configured = _maybe(figures, "run", "config", "scoring", "predictions")
+    first = configured if isinstance(configured, list) else []
+    return list(dict.fromkeys([*(name for name in first if name in tables.PREDICTIONS), *tables.PREDICTIONS]))
+
+
+def _object_rows(predictions: Sequence[str], found: Json) -> Iterator[dict[str, Json]]:
+    """Rows of a reference of an object run, the headline's prediction first; all rows count in each."""
+    target = _mapping(found, "roles", "target")
+    for prediction in (name for name in predictions if name in target):
+        cell = target[prediction]
+        yield {
+            "top": prediction,
+            "surest": 100.0,
+            **_cells("target_accuracy", _get(cell, "target_recall")),
+            **_cells("reference_accuracy", _get(cell, "reference_recall")),
+            **_cells("gap", _get(cell, "gap")),
+            **_cells("gap_unseen", _maybe(found, "roles", "unseen", prediction, "gap")),
+            **_cells("corrected_gap", _maybe(found, "corrected", prediction, "gap")),
+            **_cells("both_directions", _maybe(found, "both_directions", prediction, "gap")),
+        }
 
 
 def _share(percent: str) -> float:
@@ -421,7 +458,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="python -m dejavu_exp.compare",
-        description="Compare many runs: one table with a row per run, reference and confident share, and plots.",
+        description="Compare many runs: one table with a row per run, reference and confident share (of an object run: "
+        "prediction), and plots.",
         epilog="Writes comparison.parquet, comparison.csv, comparison.md and comparison.html. Runs that were killed, "
         "that another version wrote, that measured other data or that repeat a configuration are left out and listed "
         "with the reason. HYDRA_FULL_ERROR=1 shows tracebacks.",

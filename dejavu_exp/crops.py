@@ -22,8 +22,9 @@ Boxes: TypeAlias = Sequence[Sequence[int]]
 Region: TypeAlias = tuple[Rect | None, Status, str]
 """The region of a view, or None with the status and its reason; the reason is empty where the status is ok."""
 
-NEVER_SHOWN = frozenset({Status.UNREADABLE, Status.NO_LABEL})
-"""A row with one of these gives no view, not even of the whole image."""
+SHOWN = {name: tables.VIEWS[name] for name in ("texts", "xmin", "ymin", "xmax", "ymax", "status", "detail")}
+NEVER_SHOWN = frozenset({Status.UNREADABLE})
+"""A row of this status gives no view, not even of the whole image. (A missing label concerns the label test only.)"""
 
 
 class AuthorsAnswer(NamedTuple):
@@ -51,13 +52,67 @@ class ViewRule(Protocol):
         ...
 
     @property
+    def reads(self) -> str:
+        """What an encoder must be able to embed for it: "images" or "texts"."""
+        ...
+
+    def show(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """What is shown of each row.
+
+        Args:
+            rows: columns of `tables.MANIFEST` with width and height filled.
+
+        Returns:
+            Columns texts, xmin, ymin, xmax, ymax, status and detail, in the order of `rows`.
+        """
+        ...
+
+
+class RegionRule:
+    """A rule that shows a region of the image."""
+
+    @property
+    def reads(self) -> str:
+        """See `ViewRule.reads`."""
+        return "images"
+
+    @property
     def needs_boxes(self) -> bool:
         """True where an image without boxes has no such view."""
-        ...
+        raise NotImplementedError
 
     def region(self, width: int, height: int, boxes: Boxes | None) -> Region:
         """The region of an image of `width` x `height` pixels; `boxes` is None without annotation."""
-        ...
+        raise NotImplementedError
+
+    def show(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """See `ViewRule.show`. A missing or wrong annotation does not exclude a view that needs no boxes.
+
+        Raises:
+            DataError: a row that should be measured has no width or height.
+        """
+        columns = ("id", "width", "height", "boxes", "status", "detail")
+        regions = [self._region_of(*row) for row in zip(*(rows[name].to_list() for name in columns), strict=True)]
+        rects = [rect or (None, None, None, None) for rect, _, _ in regions]
+        shown = {name: [rect[axis] for rect in rects] for axis, name in enumerate(("xmin", "ymin", "xmax", "ymax"))}
+        told = {"status": [str(status) for _, status, _ in regions], "detail": [text or None for _, _, text in regions]}
+        return pl.DataFrame({"texts": [None] * len(rows), **shown, **told}, schema_overrides=SHOWN)
+
+    def _region_of(
+        self,
+        name: str,
+        width: int | None,
+        height: int | None,
+        boxes: Boxes | None,
+        status: str,
+        detail: str | None,
+    ) -> tuple[Rect | None, str, str | None]:
+        """The region, status and detail of one manifest row."""
+        if status in NEVER_SHOWN or (status != Status.OK and self.needs_boxes):
+            return None, status, detail
+        if width is None or height is None:
+            raise DataError(f"image {name}: width and height are not known; read the image sizes before making views.")
+        return self.region(width, height, boxes)
 
 
 def largest_rectangle(width: int, height: int, boxes: Boxes) -> Rect | None:
@@ -168,7 +223,7 @@ def _runs(spans: Sequence[tuple[int, int]], height: int) -> Iterator[tuple[int, 
 
 
 @dataclass(frozen=True)
-class BackgroundCrop:
+class BackgroundCrop(RegionRule):
     """The largest rectangle of background beside all boxes.
 
     Attributes:
@@ -236,7 +291,7 @@ def _misplaced(width: int, height: int, boxes: Boxes) -> str:
 
 
 @dataclass(frozen=True)
-class CornerCrop:
+class CornerCrop(RegionRule):
     """A corner of the image, whatever it shows: for images without boxes.
 
     It may show the foreground, so what it measures is weaker than a background crop.
@@ -275,7 +330,7 @@ class CornerCrop:
 
 
 @dataclass(frozen=True)
-class FullImage:
+class FullImage(RegionRule):
     """The whole image: what the bank holds, and what encoders are trained on."""
 
     @property
@@ -294,50 +349,18 @@ class FullImage:
 
 
 def views(rows: pl.DataFrame, rule: ViewRule) -> pl.DataFrame:
-    """One view of every row; excluded rows stay, with the reason and without a region.
+    """One view of every row; excluded rows stay, with the reason.
 
     Args:
         rows: columns of `tables.MANIFEST` with width and height filled, and `role` and `content`.
-        rule: which part of an image is shown.
+        rule: what is shown of a row.
 
     Returns:
-        Columns of `tables.VIEWS`, in the order of `rows`. A row whose status is not ok keeps it, but a missing or wrong
-        annotation does not exclude a view that needs no boxes.
+        Columns of `tables.VIEWS`, in the order of `rows`.
 
     Raises:
         DataError: a row that should be measured has no width or height.
     """
-    regions = [
-        _region_of(rule, *row)
-        for row in zip(
-            *(rows[name].to_list() for name in ("id", "width", "height", "boxes", "status", "detail")), strict=True
-        )
-    ]
-    rects = [rect or (None, None, None, None) for rect, _, _ in regions]
-    columns = {
-        **{name: rows[name] for name in ("id", "role", "label", "path", "content")},
-        "view_id": [f"{name}#{rule.name}" for name in rows["id"].to_list()],
-        "view": [rule.name] * len(rows),
-        **{name: [rect[axis] for rect in rects] for axis, name in enumerate(("xmin", "ymin", "xmax", "ymax"))},
-        "status": [str(status) for _, status, _ in regions],
-        "detail": [detail or None for _, _, detail in regions],
-    }
-    frame = pl.DataFrame(columns, schema_overrides=dict(tables.VIEWS))
-    return tables.validate(frame, tables.VIEWS, f"{rule.name} views", key="view_id")
-
-
-def _region_of(
-    rule: ViewRule,
-    name: str,
-    width: int | None,
-    height: int | None,
-    boxes: Boxes | None,
-    status: str,
-    detail: str | None,
-) -> tuple[Rect | None, str, str | None]:
-    """The region, status and detail of one manifest row."""
-    if status in NEVER_SHOWN or (status != Status.OK and rule.needs_boxes):
-        return None, status, detail
-    if width is None or height is None:
-        raise DataError(f"image {name}: width and height are not known; read the image sizes before making views.")
-    return rule.region(width, height, boxes)
+    known = rows.select("id", "role", "label", "path", "content", truth=pl.lit(None))
+    named = known.with_columns(view_id=pl.col("id") + f"#{rule.name}", view=pl.lit(rule.name))
+    return tables.validate(named.hstack(rule.show(rows)), tables.VIEWS, f"{rule.name} views", key="view_id")

@@ -13,7 +13,10 @@ from dejavu_exp import metrics
 from dejavu_exp.errors import DataError
 from dejavu_exp.tables import BoolArray, FloatArray, IntArray
 
-TOP = 5
+TOP = 10
+"""Labels that are ranked."""
+NEAREST = 5
+"""Bank rows that are kept by id, to be shown."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,17 @@ class Evidence:
     Attributes:
         ids: N row ids, unique.
         labels: C labels.
-        probabilities: shape (N, C); each row sums to 1, or is NaN where the predictor has nothing to say. (Under
-            `compat: authors` naive Bayes gives the released code's unnormalised products.)
-        ranking: shape (N, min(5, C)), columns from the most probable down, ties broken as the predictor declares;
+        probabilities: shape (N, C); how probable it is that the label holds, NaN in a row where the predictor has
+            nothing to say. Each row sums to 1 where a truth is one label; of neighbours that carry sets of labels it is
+            the share that carries the label. (Under `compat: authors` naive Bayes gives the released code's
+            unnormalised products.)
+        ranking: shape (N, min(10, C)), columns from the most probable down, ties broken as the predictor declares;
             -1 fills up where fewer labels have any evidence.
         confidence: shape (N,), larger is surer: minus the entropy in nats, unless the predictor declares another.
         tied: shape (N,), True where the most probable label shares its probability with another.
+        distance: shape (N,), to the nearest bank entry, in the probe's unit; None for a predictor without a bank.
+        nearest: shape (N, up to 5), ids of the nearest bank rows, nearest first, empty in a row without evidence; None
+            where they are not known.
     """
 
     ids: tuple[str, ...]
@@ -37,6 +45,8 @@ class Evidence:
     ranking: IntArray
     confidence: FloatArray
     tied: BoolArray
+    distance: FloatArray | None = None
+    nearest: npt.NDArray[Any] | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.ids)) != len(self.ids):
@@ -63,7 +73,39 @@ class Evidence:
             self.ranking[rows],
             self.confidence[rows],
             self.tied[rows],
+            None if self.distance is None else self.distance[rows],
+            None if self.nearest is None else self.nearest[rows],
         )
+
+    def spread_over(self, ids: Sequence[str]) -> Evidence:
+        """The evidence for the ids asked for, in their order; NaN, and no ranking, for those that are not there."""
+        if tuple(ids) == self.ids:
+            return self
+        position = {row_id: index for index, row_id in enumerate(self.ids)}
+        rows = np.array([position.get(row_id, -1) for row_id in ids], dtype=np.int64)
+        found = rows >= 0
+
+        def spread(values: npt.NDArray[Any], missing: float | str) -> npt.NDArray[Any]:
+            result = np.full((len(rows), *values.shape[1:]), missing, dtype=values.dtype)
+            result[found] = values[rows[found]]
+            return result
+
+        return Evidence(
+            tuple(ids),
+            self.labels,
+            spread(self.probabilities, np.nan),
+            spread(self.ranking, -1),
+            spread(self.confidence, np.nan),
+            spread(self.tied, False),
+            None if self.distance is None else spread(self.distance, np.nan),
+            None if self.nearest is None else spread(self.nearest, ""),
+        )
+
+    def nearest_by_id(self) -> dict[str, list[str]]:
+        """Ids of the nearest bank rows of each row, nearest first; empty where they are not known."""
+        if self.nearest is None:
+            return {}
+        return {name: [near for near in row if near] for name, row in zip(self.ids, self.nearest, strict=True)}
 
     def correct(self, truth: IntArray, top: int = 1) -> BoolArray:
         """True where the true label is among the `top` first; shape (N,). `truth` holds columns, -1 for none."""
@@ -80,6 +122,7 @@ def from_probabilities(
     probabilities: npt.NDArray[Any],
     tie_order: npt.NDArray[Any] | None = None,
     confidence: FloatArray | None = None,
+    distance: FloatArray | None = None,
 ) -> Evidence:
     """Build evidence from probabilities.
 
@@ -90,6 +133,7 @@ def from_probabilities(
         tie_order: shape (C,) or (N, C); among equal probabilities the label with the smallest value comes first.
             None: the lowest column first.
         confidence: shape (N,); None: minus the entropy, nats.
+        distance: shape (N,), to the nearest bank entry; None without a bank.
 
     >>> from_probabilities(["a"], ["x", "y"], np.array([[0.5, 0.5]])).tied.tolist()
     [True]
@@ -111,4 +155,4 @@ def from_probabilities(
         tied[start : start + block] = (part == best[:, :1]).sum(axis=1) > 1
     if confidence is None:
         confidence = -metrics.entropy(probabilities)
-    return Evidence(tuple(ids), tuple(labels), probabilities, ranking, confidence, tied)
+    return Evidence(tuple(ids), tuple(labels), probabilities, ranking, confidence, tied, distance)

@@ -20,17 +20,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dejavu_exp import progress, provenance, tables
+from dejavu_exp import progress, provenance, tables, texts
 from dejavu_exp.datasets.stores import ImageStore
 from dejavu_exp.devices import quiet_trainer
 from dejavu_exp.encoders import LoadedEncoder
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.images import ViewImages
 from dejavu_exp.tables import BoolArray, Float32Array
+from dejavu_exp.texts import Tokens, ViewTexts
 
 log = logging.getLogger(__name__)
 
-Batch = tuple[Tensor, Tensor, list[str]]
+Batch = tuple[Tensor, Tokens, Tensor, list[str]]
+Outputs = tuple[Tensor, Tensor, list[str]]
+GOES_IN = {"images": ("path", "content", "xmin", "ymin", "xmax", "ymax"), "texts": ("texts",)}
+"""What an embedding depends on, by what the view shows."""
 SHARD_ROWS = 1024
 """Rows a shard holds at least; what a killed run loses at most, on each device."""
 
@@ -67,7 +71,7 @@ class Extractor:
         cache: folder of the embeddings; any number of runs may share it.
         accelerator: "auto", "cpu" or "cuda".
         precision: "auto" (bfloat16 autocast on GPUs that have it, else float32), "float32" or "bfloat16".
-        batch_size: images a forward pass.
+        batch_size: images a forward pass; of captions, the views whose texts are in it.
         workers: processes that decode; null for one a core, at most 8.
     """
 
@@ -106,28 +110,34 @@ class Extractor:
     def embed(
         self, encoder: LoadedEncoder, views: pl.DataFrame, store: ImageStore, title: str = "embedding"
     ) -> Embeddings:
-        """Embed views, or read them from the cache where they were embedded before.
+        """Embed views, of images or of texts, or read them from the cache where they were embedded before.
 
-        The batches depend only on the views asked for, never on what a killed run had finished, so a resumed run gives
-        the same bits.
+        A view of several texts has the mean of their unit vectors. The batches depend only on the views asked for,
+        never on what a killed run had finished, so a resumed run gives the same bits.
 
         Args:
             encoder: the loaded encoder.
-            views: columns of `tables.VIEWS`, all of status ok; order and roles do not matter to the cache.
+            views: columns of `tables.VIEWS`, all of status ok; order and roles do not matter to the cache. Either all
+                have texts or none has.
             store: gives the images.
             title: for the progress bar.
 
         Raises:
+            ConfigError: the encoder cannot embed what the views show.
             DataError: an embedding is not finite, or a shard cannot be written.
+            ValueError: some views have texts and some have not.
+            WeightsError: the text tower lacks its tokenizer.
         """
-        wanted = views.select("view_id", "path", "content", "xmin", "ymin", "xmax", "ymax").sort("view_id")
+        what = _shown(views, encoder)
+        encoder = encoder.reading(what)
+        wanted = views.select("view_id", *GOES_IN[what]).sort("view_id")
         key = provenance.key_of(self._what_goes_in(encoder, wanted))
         shards = ShardFolder(self.cache / "embeddings" / key, key, wanted["view_id"].to_list(), self._rows_per_shard())
         shards.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(shards.folder / ".lock"):
             missing = shards.missing()
             if missing:
-                self._run(encoder, ViewImages.of(wanted, store, encoder.transform), shards, missing, title)
+                self._run(encoder, _data(encoder, wanted, store), shards, missing, title)
             sorted_values, reasons = shards.read()
         position = {view_id: row for row, view_id in enumerate(wanted["view_id"])}
         ids = tuple(views["view_id"])
@@ -152,36 +162,60 @@ class Extractor:
         }
 
     def _run(
-        self, encoder: LoadedEncoder, images: ViewImages, shards: ShardFolder, missing: list[int], title: str
+        self,
+        encoder: LoadedEncoder,
+        views: ViewImages | ViewTexts,
+        shards: ShardFolder,
+        missing: list[int],
+        title: str,
     ) -> None:
         """Compute the missing shards."""
         planned = [rows for shard in missing for rows in shards.batches(shard, self.batch_size)]
         workers = min(os.cpu_count() or 1, 8) if self.workers is None else self.workers
         loader: DataLoader[Any] = DataLoader(
-            PlannedBatches(images, planned),  # type: ignore[arg-type]
+            PlannedBatches(views, planned),  # type: ignore[arg-type]
             batch_size=None,
             num_workers=workers if len(planned) > 2 * workers else 0,
             pin_memory=self.device == "cuda",
         )
         writer = ShardWriter(shards)
-        bar = ProgressBar(title, sum(len(rows) for rows in planned))
+        unit = "text" if isinstance(views, ViewTexts) else "img"
+        bar = ProgressBar(title, sum(len(rows) for rows in planned), unit)
         with quiet_trainer(self.device, writer, bar, bfloat16=self.autocast) as trainer:
             trainer.predict(EmbeddingModule(encoder.module), loader, return_predictions=False)
+
+
+def _shown(views: pl.DataFrame, encoder: LoadedEncoder) -> str:
+    """Whether the views are of images or of texts; where there are none, what the encoder reads."""
+    silent = views["texts"].null_count()
+    if 0 < silent < len(views):
+        raise ValueError(f"{silent} of {len(views)} views have no texts: images and texts are embedded apart")
+    if not len(views):
+        return encoder.reads
+    return "images" if silent else "texts"
+
+
+def _data(encoder: LoadedEncoder, wanted: pl.DataFrame, store: ImageStore) -> ViewImages | ViewTexts:
+    if encoder.reads == "texts":
+        return ViewTexts.of(wanted, encoder.transform)
+    return ViewImages.of(wanted, store, encoder.transform)
 
 
 @dataclass(frozen=True)
 class PlannedBatches:
     """Batches whose rows are fixed beforehand: a map-style data set of whole batches."""
 
-    images: ViewImages
+    views: ViewImages | ViewTexts
     rows: list[list[int]]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Batch:
-        rows, pixels, reasons = zip(*(self.images[row] for row in self.rows[index]), strict=True)
-        return torch.tensor(rows), torch.stack(pixels), list(reasons)
+        if isinstance(self.views, ViewTexts):
+            return self.views.batch(self.rows[index])
+        rows, pixels, reasons = zip(*(self.views[row] for row in self.rows[index]), strict=True)
+        return torch.tensor(rows), torch.stack(pixels), torch.ones(len(rows), dtype=torch.int64), list(reasons)
 
 
 class EmbeddingModule(pl_lightning.LightningModule):
@@ -192,11 +226,13 @@ class EmbeddingModule(pl_lightning.LightningModule):
         # Convolutions were 1.2 to 1.35 times faster in this layout on CPUs; transformers do not mind.
         self.encoder = encoder.to(memory_format=torch.channels_last)
 
-    def predict_step(self, batch: Batch, _: int = 0) -> tuple[Tensor, Tensor, list[str]]:
+    def predict_step(self, batch: Batch, _: int = 0) -> Outputs:
         """Row numbers, embeddings of shape (B, D) as float32, and why images could not be read."""
-        rows, pixels, reasons = batch
-        values = self.encoder(pixels.contiguous(memory_format=torch.channels_last))
-        return rows.cpu(), values.float().cpu(), reasons
+        rows, inputs, counts, reasons = batch
+        if isinstance(inputs, Tensor) and inputs.ndim == 4:
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+        values = self.encoder(inputs).float().cpu()
+        return rows.cpu(), texts.mean_of_units(values, counts.tolist()), reasons
 
 
 @dataclass(frozen=True)
@@ -326,7 +362,7 @@ class ShardWriter(pl_lightning.Callback):
         loader: int = 0,
     ) -> None:
         """Keep the batch; write when its shard is complete."""
-        rows, values, reasons = cast(Batch, outputs)
+        rows, values, reasons = cast(Outputs, outputs)
         self._values.append(values.numpy())
         self._reasons += reasons
         shard = int(rows[-1]) // self.shards.rows_per_shard
@@ -336,16 +372,17 @@ class ShardWriter(pl_lightning.Callback):
 
 
 class ProgressBar(pl_lightning.Callback):
-    """Images done, rate and time left."""
+    """Images or texts done, rate and time left."""
 
-    def __init__(self, title: str, total: int) -> None:
+    def __init__(self, title: str, total: int, unit: str) -> None:
         self.title = title
         self.total = total
+        self.unit = unit
         self._bar: tqdm[Any] | None = None
 
     def on_predict_start(self, trainer: pl_lightning.Trainer, module: pl_lightning.LightningModule) -> None:
         """Show the bar."""
-        self._bar = progress.bar(self.title, self.total)
+        self._bar = progress.bar(self.title, self.total, unit=self.unit)
 
     def on_predict_batch_end(
         self,
@@ -358,7 +395,7 @@ class ProgressBar(pl_lightning.Callback):
     ) -> None:
         """Move the bar."""
         if self._bar is not None:
-            self._bar.update(len(cast(Batch, outputs)[0]))
+            self._bar.update(len(cast(Outputs, outputs)[0]))
 
     def on_predict_end(self, trainer: pl_lightning.Trainer, module: pl_lightning.LightningModule) -> None:
         """Leave the bar as it is."""

@@ -11,6 +11,10 @@ import numpy.typing as npt
 from dejavu_exp.tables import BoolArray, FloatArray, IntArray
 
 QUADRANTS = ("memorized", "correlated", "forgotten", "unassociated")
+OBJECT_BLOCK = 4096
+"""Objects that are packed into bits at a time; bounds the memory of a large vocabulary."""
+ROW_BLOCK = 8192
+AUTHORS_F_GUARD = 1e-5
 CONFIDENCE_TOLERANCE = 1e-9
 """Confidences closer than this are tied: sums of the same terms in another order differ by less."""
 
@@ -163,3 +167,252 @@ def auroc(positive: FloatArray, negative: FloatArray) -> float:
         return float("nan")
     ranks = rankdata(np.concatenate([positive, negative]))[: len(positive)]
     return float((ranks.sum() - len(positive) * (len(positive) + 1) / 2) / (len(positive) * len(negative)))
+
+
+def set_scores(
+    n_correct: npt.NDArray[Any], n_predicted: npt.NDArray[Any], n_true: npt.NDArray[Any], unpredicted: float = np.nan
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Precision, recall and F of predicted sets against true sets.
+
+    Source: arXiv 2402.02103, the vision-language test. F is the harmonic mean of the two, as
+    2 |true and predicted| / (|true| + |predicted|), which stays defined where nothing is predicted.
+
+    Args:
+        n_correct: shape (N,), members that are both true and predicted.
+        n_predicted: shape (N,), members predicted.
+        n_true: shape (N,), members that are true.
+        unpredicted: precision where nothing is predicted. The released code has 0 there, which is no ratio of counts.
+
+    Returns:
+        Three times shape (N,), fractions in [0, 1]. Recall and F are NaN where nothing is true.
+
+    Raises:
+        ValueError: more are correct than predicted or true.
+
+    >>> [x.tolist() for x in set_scores(np.array([1, 0]), np.array([2, 0]), np.array([1, 3]))]
+    [[0.5, nan], [1.0, 0.0], [0.6666666666666666, 0.0]]
+    """
+    correct, predicted, true = (np.asarray(x, dtype=np.float64) for x in (n_correct, n_predicted, n_true))
+    if (correct > np.minimum(predicted, true)).any():
+        raise ValueError("more members are correct than predicted or true")
+    precision = np.where(predicted > 0, correct / np.maximum(predicted, 1), unpredicted)
+    recall = np.where(true > 0, correct / np.maximum(true, 1), np.nan)
+    f = np.where(true > 0, 2 * correct / np.maximum(predicted + true, 1), np.nan)
+    return precision, recall, f
+
+
+def dominance_gap(target: FloatArray, reference: FloatArray) -> float:
+    """Share of rows where the target is larger less the share where it is smaller: P(a > b) - P(a < b).
+
+    Source: arXiv 2402.02103; PPG on precision, PRG on recall. Rows where both are equal count for neither side but stay
+    in the divisor; rows where one is NaN are left out.
+
+    Args:
+        target: shape (N,), a value of each row.
+        reference: shape (N,), the same rows in the same order.
+
+    Returns:
+        A fraction in [-1, 1]; NaN where no row has both values.
+
+    Raises:
+        ValueError: shapes differ.
+
+    >>> dominance_gap(np.array([1.0, 0.5, 0.5, 1.0]), np.array([0.5, 0.5, 1.0, 0.0]))
+    0.25
+    """
+    if target.shape != reference.shape:
+        raise ValueError(f"need two equal shapes, got {target.shape} and {reference.shape}")
+    signs = np.sign(target - reference)
+    signs = signs[np.isfinite(signs)]
+    return float(signs.mean()) if len(signs) else float("nan")
+
+
+def area_between_curves(target: FloatArray, reference: FloatArray) -> float:
+    """Area between the survival curves P(value >= x) of target and reference, x from 0 to 1: the AUCG of recalls.
+
+    The area under such a curve is the mean, so this is the mean difference, without a histogram.
+
+    Source: arXiv 2402.02103. `authors_area` is the released code's form, which depends on its bins.
+
+    Args:
+        target: shape (N,), fractions in [0, 1]; NaN is left out.
+        reference: shape (M,), likewise.
+
+    Returns:
+        In [-1, 1]; NaN where one has no value.
+
+    >>> area_between_curves(np.array([1.0, 0.5]), np.array([0.5, 0.5]))
+    0.25
+    """
+    areas = [values[np.isfinite(values)] for values in (target, reference)]
+    if not all(map(len, areas)):
+        return float("nan")
+    return float(areas[0].mean() - areas[1].mean())
+
+
+def authors_area(values: FloatArray, bins: int = 100) -> float:
+    """Area under the survival curve as the released code has it.
+
+    A histogram from the least to the largest value; the survival share of a bin is that of its left edge, so the result
+    is the mean rounded up by up to one bin, and by 0.01 where all values are equal.
+
+    Args:
+        values: shape (N,), finite.
+        bins: of the histogram.
+
+    Returns:
+        Up to 1.01; NaN where N = 0.
+
+    >>> round(authors_area(np.ones(3)), 9)
+    1.01
+    """
+    if not len(values):
+        return float("nan")
+    counts, edges = np.histogram(values, bins=bins)
+    survival = counts[::-1].cumsum()[::-1] / len(values)
+    return float(edges[0] + (survival * np.diff(edges)).sum())
+
+
+def authors_top(ranking: npt.NDArray[Any], fraction: float) -> IntArray:
+    """Rows that the released code puts into its top fraction: the largest first, among equals the earlier row first.
+
+    The released code's sort is not stable, so its own choice among equals depends on the processor.
+
+    Args:
+        ranking: shape (N,), larger comes first.
+        fraction: in (0, 1].
+
+    Returns:
+        Shape (n,), n = max(1, int(fraction * N)) positions.
+
+    >>> authors_top(np.array([1, 3, 3, 0]), 0.5).tolist()
+    [1, 2]
+    """
+    return np.argsort(-ranking, kind="stable")[: max(1, int(fraction * len(ranking)))].astype(np.int64)
+
+
+def authors_f(precision: npt.NDArray[Any], recall: npt.NDArray[Any]) -> FloatArray:
+    """The released code's F: of mean precision and mean recall, not the mean of F, and with 1e-5 in the divisor.
+
+    Args:
+        precision: any shape, fractions.
+        recall: the same shape.
+
+    Returns:
+        The same shape, in [0, 1).
+
+    >>> authors_f(np.array([0.5]), np.array([0.5])).round(6).tolist()
+    [0.499995]
+    """
+    return np.asarray(2 * precision * recall / (precision + recall + AUTHORS_F_GUARD), dtype=np.float64)
+
+
+def top_means(
+    values: FloatArray,
+    ranking: FloatArray,
+    fractions: Sequence[float],
+    weights: FloatArray,
+    tolerance: float = CONFIDENCE_TOLERANCE,
+) -> FloatArray:
+    """Means of several values over the top fractions of rows by a ranking; rows tied at a cut share the free places.
+
+    As `confident_means`, but for several values at once and for weights whose sums differ.
+
+    Args:
+        values: shape (N, K), finite.
+        ranking: shape (N,), larger comes first; differences below 1e-9 count as ties.
+        fractions: F of them, each in (0, 1]; of a resample's weights, and never less than one place.
+        weights: shape (B, N), a non-negative weight of each row in each of B resamples.
+        tolerance: added before the number of places is truncated, so that 0.29 of 100 are 29.
+
+    Returns:
+        Shape (B, F, K); NaN for a resample without weight.
+
+    >>> top_means(np.array([[1.0], [0], [1]]), np.array([0.0, -1, -1]), [2 / 3], np.ones((1, 3))).tolist()
+    [[[0.75]]]
+    """
+    total = weights.sum(axis=1)
+    places = np.maximum(1, np.floor(np.outer(total, fractions) + tolerance))
+    order = np.argsort(-ranking, kind="stable")
+    starts = np.flatnonzero(np.append(True, np.diff(-ranking[order]) > CONFIDENCE_TOLERANCE)[: len(order)])
+    # Few rows decide a small fraction: look at all only where a resample needs them.
+    likely = int(np.searchsorted(starts, 2 * max(fractions) * len(order) + 100))
+    stop = starts[likely] if likely < len(starts) else len(order)
+    if stop < len(order) and (weights[:, order[:stop]].sum(axis=1) < places.max(axis=1)).any():
+        stop = len(order)
+    taken, starts = np.ascontiguousarray(weights[:, order[:stop]]), starts[starts < stop]
+    sizes = _by_group(taken, starts)
+    reached = np.cumsum(sizes, axis=1)
+    # The group where the places run out, and the share of it that still finds one.
+    cut = np.stack([(reached < places[:, [column]]).sum(axis=1) for column in range(len(fractions))], axis=1)
+    cut = np.minimum(cut, max(len(starts) - 1, 0))
+    result = np.empty((len(weights), len(fractions), values.shape[1]))
+    if not len(starts):
+        return np.full_like(result, np.nan)
+    size = np.take_along_axis(sizes, cut, axis=1)
+    share = (places - np.take_along_axis(reached, cut, axis=1) + size) / np.where(size > 0, size, 1)
+    for column, value in enumerate(values[order[:stop]].T):
+        earned = _by_group(taken * value, starts)
+        last = np.take_along_axis(earned, cut, axis=1)
+        result[:, :, column] = np.take_along_axis(np.cumsum(earned, axis=1), cut, axis=1) - (1 - share) * last
+    return np.asarray(result / np.where(total[:, None] > 0, places, np.nan)[:, :, None])
+
+
+def _by_group(values: FloatArray, starts: IntArray) -> FloatArray:
+    """Sums over groups of neighbouring columns, shape (B, groups)."""
+    if len(starts) in (0, values.shape[1]):
+        return values
+    return np.asarray(np.add.reduceat(values, starts, axis=1), dtype=np.float64)
+
+
+def neighbour_set_counts(
+    positions: IntArray, bank: tuple[IntArray, IntArray], truth: tuple[IntArray, IntArray]
+) -> tuple[IntArray, IntArray, IntArray]:
+    """Sizes of the predicted and true sets of each row; predicted is all that one of the k neighbours carries.
+
+    Sets are packed into bits, 64 objects a word, so that a union is a handful of operations whatever the sets hold.
+
+    Source: arXiv 2402.02103.
+
+    Args:
+        positions: shape (N, k), rows of the bank.
+        bank: offsets, shape (M + 1,), and values: bank row m carries `values[offsets[m]:offsets[m + 1]]`, object ids
+            from 0 on; repeats count once.
+        truth: the same for the N rows.
+
+    Returns:
+        Three times shape (N,): members both true and predicted, predicted, and true.
+
+    Raises:
+        ValueError: the truth is not of N rows.
+
+    >>> bank, truth = (np.array([0, 2, 3]), np.array([5, 7, 7])), (np.array([0, 2]), np.array([7, 9]))
+    >>> [x.tolist() for x in neighbour_set_counts(np.array([[0, 1]]), bank, truth)]
+    [[1], [2], [2]]
+    """
+    if len(truth[0]) != len(positions) + 1:
+        raise ValueError(f"{len(positions)} rows of neighbours but {len(truth[0]) - 1} rows of truth")
+    n_objects = 1 + max((int(values.max()) for _, values in (bank, truth) if len(values)), default=0)
+    counts = np.zeros((3, len(positions)), dtype=np.int64)
+    for first in range(0, n_objects, OBJECT_BLOCK):
+        carried, true = (_packed(*sets, first, min(OBJECT_BLOCK, n_objects - first)) for sets in (bank, truth))
+        for start in range(0, len(positions), ROW_BLOCK):
+            rows = slice(start, start + ROW_BLOCK)
+            near = positions[rows]
+            union = np.zeros_like(true[rows])
+            for voter in range(near.shape[1]):
+                union |= carried[near[:, voter]]
+            for place, sets in enumerate((union & true[rows], union, true[rows])):
+                counts[place, rows] += np.bitwise_count(sets).sum(axis=1, dtype=np.int64)
+    return counts[0], counts[1], counts[2]
+
+
+def _packed(offsets: IntArray, values: IntArray, first: int, count: int) -> npt.NDArray[np.uint64]:
+    """Membership of the objects `first` to `first + count` as bits, shape (M, words)."""
+    bits = np.zeros((len(offsets) - 1, -(-count // 64)), dtype=np.uint64)
+    objects = np.asarray(values, dtype=np.int64) - first
+    rows = np.repeat(np.arange(len(bits)), np.diff(offsets))
+    inside = (objects >= 0) & (objects < count)
+    rows, objects = rows[inside], objects[inside]
+    np.bitwise_or.at(bits, (rows, objects >> 6), np.uint64(1) << (objects & 63).astype(np.uint64))
+    return bits

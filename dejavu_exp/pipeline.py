@@ -28,11 +28,11 @@ def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     clock = Stopwatch()
     tables.write_text(yaml.safe_dump(dict(config), sort_keys=False), run_dir / "config.yaml")
     with clock.stage("check"):
-        encoder = training.load_if_ready(plan.model)
-        for reference in plan.references.values():
-            reference.check(plan.tagger, plan.model)
+        encoder = stages.check(plan)
     with clock.stage("data"):
         views = stages.prepare(plan)
+    with clock.stage("truth"):
+        views = stages.name_truth(plan, views)
         lessons = stages.training_inputs(plan, views)
     with clock.stage("encoder", lessons):
         encoder = encoder or stages.train(plan, lessons)
@@ -41,29 +41,42 @@ def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         measured = views.measured()
     with clock.stage("neighbours"):
         near = neighbours.search(queries.values, bank.values, plan.probe.k, plan.probe.metric)
-        codes = neighbours.label_codes(views.public()["label"].to_list(), views.labels(), near.positions)
-        target = neighbours.vote(measured["id"].to_list(), codes, views.labels(), plan.probe.ties)
+        truth = views.public()["truth"]
+        target = neighbours.infer(measured["id"].to_list(), near, truth, views.labels(), plan.probe.ties)
     inputs = stages.reference_inputs(plan, views, encoder, target, lessons)
-    scores, measures = {}, {}
+    scores, measures, nearest = {}, {}, {}
     for name, reference in plan.references.items():
         with clock.stage(f"references/{name}", lessons):
             found = reference.evidence(inputs)
             other = reference.other_direction(inputs)
+            nearest[name] = found.nearest_by_id()
         with clock.stage("scores"):
             scores[name] = stages.score(plan, views, target, found, other, name)
             measures[name] = plan.scoring.figures(scores[name], views.rows, plan.seed)
     everything = pl.concat(scores.values())
     with clock.stage("agreement"):
+        scoring = plan.scoring
         agreed = agreement.compare_references(
-            everything, plan.scoring.fractions, plan.scoring.level, plan.scoring.resamples, plan.seed
+            everything,
+            scoring.fractions,
+            scoring.level,
+            scoring.resamples,
+            plan.seed,
+            scoring.reference_value(),
         )
         correlated = agreement.correlated_by_all(everything, views.manifest.rows)
     with clock.stage("utility"):
         useful = stages.utility(plan, views, encoder, bank)
-    facts = stages.collect(plan, views, encoder, target, measures, agreed, useful, config)
-    facts = stages.timed(facts, clock)
+    facts = stages.timed(stages.collect(plan, views, encoder, target, measures, agreed, useful, config), clock)
     shown = gallery.most_memorized(
-        scores[facts["headline"]], measured, views.public(), near, views.manifest, views.rows, plan.gallery
+        scores[facts["headline"]],
+        measured,
+        views.public(),
+        near,
+        views.manifest,
+        views.rows,
+        plan.gallery,
+        nearest[facts["headline"]],
     )
     report.write(run_dir, facts, everything, shown, correlated)
     report.show(facts, run_dir)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Generic, Protocol, TypeAlias, TypeVar
@@ -17,8 +17,8 @@ from dejavu_exp.tables import IntArray, Role, Status
 
 T = TypeVar("T")
 
-WITHOUT_ROLE = (Status.UNREADABLE, Status.NO_LABEL)
-"""A row with one of these cannot serve in any role."""
+WITHOUT_ROLE = (Status.UNREADABLE,)
+"""A row with one of these cannot serve in any role; splits by class leave out rows without label besides."""
 
 
 class Split(Protocol):
@@ -320,6 +320,172 @@ class NpySplit:
         return [f"{role}: the split gives no image this role (split.{role})." for role in Role if role not in found]
 
 
+@dataclass(frozen=True)
+class OriginSplit:
+    """One role for each part of the data set; a row needs neither a label nor boxes.
+
+    Attributes:
+        target: origin of the measured rows.
+        heldout: origin of the rows that train the references; null for none.
+        shared: origin of the rows that train every encoder trained here; null for none.
+        public: origin of the bank.
+        unseen: origin of the rows that no encoder saw; null for none.
+        min_side_px: a usable background crop has its smallest side above this, pixels; read by views of the image.
+        limits: the most rows a role gets, drawn by the seed; null, or a role not named, for all.
+    """
+
+    target: str
+    heldout: str | None
+    shared: str | None
+    public: str
+    unseen: str | None
+    min_side_px: int
+    limits: Mapping[str, int | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_at_least("min_side_px", self.min_side_px, 1)
+        for role in (Role.TARGET, Role.PUBLIC):
+            if getattr(self, role) is None:
+                raise ConfigError(f"split.{role}=null: name the origin of the {role} rows.")
+        taken: dict[str, Role] = {}
+        for role, origin in self._origins().items():
+            if taken.setdefault(origin, role) != role:
+                raise ConfigError(
+                    f"split.{taken[origin]} and split.{role} are both {origin}, but a row has one role. "
+                    "Name another origin, or split at random with dejavu_exp.splits.RandomSplit (split=pairs)."
+                )
+        for key, limit in self.limits.items():
+            self._check_limit(key, limit)
+
+    def _check_limit(self, key: str, limit: object) -> None:
+        if key not in list(Role) or (limit is not None and key not in self._origins()):
+            roles = ", ".join(self._origins())
+            raise ConfigError(f"split.limits.{key}={limit}: no such role has an origin; those that have: {roles}.")
+        if limit is not None and type(limit) is not int:
+            raise ConfigError(f"split.limits.{key}={limit}: must be a whole number or null.")
+        _check_at_least(f"limits.{key}", limit, 1)
+
+    def _origins(self) -> dict[Role, str]:
+        """The origin of each role that has one."""
+        named = {role: getattr(self, role) for role in Role}
+        return {role: origin for role, origin in named.items() if origin is not None}
+
+    def assign(self, rows: pl.DataFrame, seed: int) -> pl.DataFrame:
+        """Give roles to the rows of a manifest.
+
+        Args:
+            rows: columns of `tables.MANIFEST`, in any order.
+            seed: which rows, where a limit is set.
+
+        Returns:
+            Columns of `tables.ROLES`, sorted by id. Unreadable rows get no role.
+
+        Raises:
+            DataError: an origin has no rows.
+        """
+        usable = _drawn(rows, seed)
+        parts = []
+        for role, origin in self._origins().items():
+            found = _of_origin(usable, origin, role, "readable").head(self.limits.get(role) or len(usable))
+            parts.append(found.select("id", "label", role=pl.lit(str(role))))
+        return _checked(pl.concat(parts))
+
+    def report(self, roles: pl.DataFrame) -> list[str]:
+        """One sentence for each role with fewer rows than its limit."""
+        found = dict(roles.group_by("role").len().iter_rows())
+        return [
+            f"{role}: origin {getattr(self, role)} has {found.get(role, 0)} images, split.limits.{role} is {limit}."
+            for role, limit in self.limits.items()
+            if limit is not None and found.get(role, 0) < limit
+        ]
+
+
+@dataclass(frozen=True)
+class RandomSplit:
+    """So many rows for each role, drawn from a seed; a row needs neither a label nor boxes.
+
+    The draw orders rows by a hash of their id, so it does not depend on how the files were listed.
+
+    Attributes:
+        target: measured rows.
+        heldout: rows that train the references.
+        shared: rows that train every encoder trained here.
+        public: rows in the bank; null for all that is left.
+        unseen: rows that no encoder saw.
+        min_side_px: a usable background crop has its smallest side above this, pixels; read by views of the image.
+        fit_origin: the part of the data set that gives target, heldout, shared and public; null for every part that
+            unseen_origin does not name.
+        unseen_origin: the part that gives unseen; null for the same pool as the others.
+    """
+
+    target: int
+    heldout: int
+    shared: int
+    public: int | None
+    unseen: int
+    min_side_px: int
+    fit_origin: str | None = None
+    unseen_origin: str | None = None
+
+    def __post_init__(self) -> None:
+        least = {"target": 1, "heldout": 0, "shared": 0, "public": 1, "unseen": 0, "min_side_px": 1}
+        for key, count in least.items():
+            _check_at_least(key, getattr(self, key), count)
+
+    @property
+    def _apart(self) -> bool:
+        """True where unseen rows come from a pool of their own."""
+        return self.unseen_origin not in (None, self.fit_origin)
+
+    def assign(self, rows: pl.DataFrame, seed: int) -> pl.DataFrame:
+        """Give roles to the rows of a manifest.
+
+        Args:
+            rows: columns of `tables.MANIFEST`, in any order.
+            seed: which draw.
+
+        Returns:
+            Columns of `tables.ROLES`, sorted by id. Unreadable rows get no role.
+
+        Raises:
+            DataError: an origin has no rows, or fewer than are asked for.
+        """
+        usable = _drawn(rows, seed)
+        pool, kept = usable, usable.clear()
+        if self.fit_origin is not None:
+            pool = _of_origin(usable, self.fit_origin, "fit_origin", "readable")
+        if self._apart:
+            pool = pool.filter(pl.col("origin").ne_missing(self.unseen_origin))
+        if self._apart and self.unseen:
+            kept = _of_origin(usable, str(self.unseen_origin), "unseen_origin", "readable")
+            _check_enough({Role.UNSEEN: self.unseen}, kept)
+        asked = {Role.TARGET: self.target, Role.HELDOUT: self.heldout, Role.SHARED: self.shared}
+        unseen = 0 if self._apart else self.unseen
+        _check_enough({**asked, Role.PUBLIC: self.public or 1, Role.UNSEEN: unseen}, pool)
+        pairs = pool.select("id", "label").rows()
+        part = deal(pairs, [], self.target, self.heldout, self.shared, self.public, unseen)
+        if self._apart:
+            part = replace(part, unseen=kept.select("id", "label").head(self.unseen).rows())
+        dealt = [(*pair, str(role)) for role in Role for pair in getattr(part, role)]
+        return _checked(pl.DataFrame(dealt, schema=dict(tables.ROLES), orient="row"))
+
+    def report(self, roles: pl.DataFrame) -> list[str]:
+        """Nothing: a pool that is too small is an error of `assign`."""
+        return []
+
+
+def _check_enough(asked: Mapping[Role, int], pool: pl.DataFrame) -> None:
+    """Refuse to draw more rows than there are."""
+    wanted = sum(asked.values())
+    if wanted > len(pool):
+        spelled = " + ".join(f"{role} {count}" for role, count in asked.items() if count)
+        origins = ", ".join(sorted(pool["origin"].drop_nulls().unique())) or "none"
+        raise DataError(
+            f"the split asks for {wanted} images ({spelled}), but there are {len(pool)} readable ones "
+            f"of origin {origins}. Lower {', '.join(f'split.{role}' for role, count in asked.items() if count)}."
+        )
+
+
 def _check_at_least(key: str, value: int | None, least: int) -> None:
     if value is not None and value < least:
         raise ConfigError(f"split.{key}={value}: must be at least {least}.")
@@ -334,27 +500,30 @@ def _labelled(rows: pl.DataFrame) -> pl.DataFrame:
     return rows.filter(pl.col("label").is_not_null())
 
 
-def _of_origin(rows: pl.DataFrame, origin: str, key: str) -> pl.DataFrame:
-    """The labelled rows of an origin, at least one."""
-    found = _labelled(rows).filter(pl.col("origin") == origin)
+def _of_origin(rows: pl.DataFrame, origin: str, key: str, kind: str = "labelled") -> pl.DataFrame:
+    """The rows of an origin, at least one; labelled ones only, or all that `rows` holds, where `kind` is another."""
+    found = (_labelled(rows) if kind == "labelled" else rows).filter(pl.col("origin") == origin)
     if found.is_empty():
         origins = ", ".join(sorted(rows["origin"].drop_nulls().unique())) or "none"
         raise DataError(
-            f"split.{key}={origin}: the data set has no labelled image of this origin; its origins are: {origins}. "
-            f"Choose one of them{', or ask for no unseen images' if key == 'unseen_origin' else ''}."
+            f"split.{key}={origin}: the data set has no {kind} image of this origin; its origins are: {origins}. "
+            f"Choose one of them{', or ask for no unseen images' if key.startswith('unseen') else ''}."
         )
     return found
 
 
-def _pools(rows: pl.DataFrame, seed: int) -> Pools:
-    """Ids by class, with and without boxes, in the order of a hash that depends on the seed and the id alone."""
+def _drawn(rows: pl.DataFrame, seed: int) -> pl.DataFrame:
+    """The rows that can serve, in the order of a hash that depends on the seed and the id alone."""
     usable = rows.filter(~pl.col("status").is_in([str(status) for status in WITHOUT_ROLE]))
     order = [provenance.hash_order(seed, "split", name) for name in usable["id"].to_list()]
+    return usable.with_columns(order=pl.Series(order, dtype=pl.UInt64)).sort("order", "id")
+
+
+def _pools(rows: pl.DataFrame, seed: int) -> Pools:
+    """Ids by class, with and without boxes, in the order in which they are drawn."""
     boxed = pl.col("boxes").is_not_null() & (pl.col("status") == str(Status.OK))
     grouped = (
-        usable.select("id", "label", boxed=boxed)
-        .with_columns(order=pl.Series(order, dtype=pl.UInt64))
-        .sort("order", "id")
+        _drawn(rows.select("id", "label", "status", boxed=boxed), seed)
         .group_by("label")
         .agg(pl.col("id").filter(pl.col("boxed")).alias("with"), pl.col("id").filter(~pl.col("boxed")).alias("without"))
         .sort("label")

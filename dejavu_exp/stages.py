@@ -11,20 +11,22 @@ from typing import Any
 
 import polars as pl
 
-from dejavu_exp import crops, images, provenance, tables
+from dejavu_exp import crops, images, provenance, tables, taggers
+from dejavu_exp.captions import Caption
 from dejavu_exp.datasets.base import Dataset, Manifest
 from dejavu_exp.encoders import Encoder, LoadedEncoder
+from dejavu_exp.encoders.base import BOTH
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.evidence import Evidence
 from dejavu_exp.extract import Embeddings, Extractor
 from dejavu_exp.neighbours import KnnProbe
 from dejavu_exp.references.base import OtherDirection, Reference, ReferenceInputs
-from dejavu_exp.scoring import LabelInference
+from dejavu_exp.scoring import LabelInference, ObjectInference
 from dejavu_exp.splits import Split
 from dejavu_exp.tables import Role, Status
 from dejavu_exp.taggers import Tagger
 from dejavu_exp.tracking import WandbTracking
-from dejavu_exp.training import TrainedEncoder, TrainingInputs, TrainingSettings
+from dejavu_exp.training import TrainedHere, TrainingInputs, TrainingSettings, load_if_ready
 from dejavu_exp.utility import Utility
 
 MEASURED = (Role.TARGET, Role.UNSEEN)
@@ -34,13 +36,13 @@ MEASURED = (Role.TARGET, Role.UNSEEN)
 class Plan:
     """A checked configuration: every part built, nothing read yet."""
 
-    model: Encoder | TrainedEncoder
+    model: Encoder | TrainedHere
     dataset: Dataset
     split: Split
     probe: KnnProbe
     references: Mapping[str, Reference]
     tagger: Tagger
-    scoring: LabelInference
+    scoring: LabelInference | ObjectInference
     trainer: Extractor
     training: TrainingSettings
     utility: Utility
@@ -58,7 +60,7 @@ class Views:
         rows: the manifest's rows that have a role, with `role` and `content`.
         queries: query views of roles target, unseen and heldout, columns of `tables.VIEWS`.
         bank: bank views of role public.
-        shortfalls: what the split asked for and did not get.
+        shortfalls: what the split asked for and did not get, and what the bank lacks.
     """
 
     manifest: Manifest
@@ -80,8 +82,8 @@ class Views:
         return _usable(self.bank, Role.PUBLIC)
 
     def labels(self) -> tuple[str, ...]:
-        """All labels of the bank, sorted: the columns of evidence."""
-        return tuple(sorted(self.public()["label"].unique()))
+        """All labels, or objects, of the bank, sorted: the columns of evidence."""
+        return tuple(self.public()["truth"].explode().drop_nulls().unique().sort())
 
 
 def _usable(views: pl.DataFrame, *roles: Role) -> pl.DataFrame:
@@ -111,27 +113,84 @@ class Stopwatch:
         self.seconds[name] = round(self.seconds.get(name, 0) + spent, 3)
 
 
-def prepare(plan: Plan) -> Views:
-    """Read the data set, deal the roles, cut the views.
+def check(plan: Plan) -> LoadedEncoder | None:
+    """Find what cannot work before any image is read; load the encoder where it needs no training.
 
     Raises:
-        ConfigError: the bank is smaller than k.
-        DataError: a role that is needed has no usable image, or a class has no usable public image.
+        DejavuError: parts do not go together, or weights, files or libraries are missing.
+    """
+    plan.probe.check_encoder(plan.model, "model")
+    if plan.scoring.needs_tags:
+        plan.tagger.check()
+    for reference in plan.references.values():
+        reference.check(plan.tagger, plan.model, plan.probe)
+    encoder = load_if_ready(plan.model)
+    if encoder is not None:
+        for what in plan.probe.reads:
+            encoder.reading(what)
+    return encoder
+
+
+def prepare(plan: Plan) -> Views:
+    """Read the data set, deal the roles, make the views.
+
+    Raises:
+        DataError: the data set cannot be read, or the split cannot be dealt.
     """
     manifest = plan.dataset.manifest()
     roles = plan.split.assign(manifest.rows, plan.seed)
     rows = manifest.rows.join(roles.select("id", "role"), on="id", how="inner", validate="1:1")
     rows = images.inspect(rows, manifest.store)
     asked = pl.col("role").is_in([*MEASURED, Role.HELDOUT])
-    views = Views(
+    return Views(
         manifest,
         rows,
         crops.views(rows.filter(asked), plan.probe.query),
         crops.views(rows.filter(pl.col("role") == Role.PUBLIC), plan.probe.bank),
         plan.split.report(roles),
     )
+
+
+def name_truth(plan: Plan, views: Views) -> Views:
+    """Say of every view what is to be inferred from it, or what it answers: its label, or the objects in its image.
+
+    Raises:
+        ConfigError: the bank is smaller than k.
+        DataError: a role that is needed has no usable row, or a class has no usable public image.
+    """
+    truth = _truth(plan, views)
+    views = replace(views, queries=_with_truth(views.queries, truth), bank=_with_truth(views.bank, truth))
+    nothing = (pl.col("status") == Status.OK) & (pl.col("truth").list.len() == 0)
+    queries = views.queries.with_columns(
+        status=pl.when(nothing).then(pl.lit(str(Status.NO_OBJECTS))).otherwise("status")
+    )
+    views = replace(views, queries=queries)
     _check(views, plan)
-    return views
+    lost = set(views.measured()["truth"].explode()) - set(views.labels())
+    return replace(views, shortfalls=[*views.shortfalls, *plan.scoring.check_bank(sorted(lost))])
+
+
+def _truth(plan: Plan, views: Views) -> pl.DataFrame:
+    """Columns id, truth (null where it is not known) and why: the status of a row without truth."""
+    if not plan.scoring.needs_tags:
+        labels = pl.when(pl.col("label").is_not_null()).then(pl.concat_list("label"))
+        return views.rows.select("id", truth=labels, why=pl.lit(str(Status.NO_LABEL)))
+    whole = crops.views(views.rows.filter(pl.col("role") != Role.SHARED), crops.FullImage())
+    whole = whole.filter(pl.col("status") == Status.OK)
+    tags = taggers.tag_views(plan.tagger, whole, views.manifest, plan.trainer)
+    unreadable = tags["status"] == Status.UNREADABLE
+    return whole.select("id").hstack(
+        tags.select(
+            truth=pl.when(pl.col("status") == Status.OK).then("tags"),
+            why=pl.when(unreadable).then(pl.lit(str(Status.UNREADABLE))).otherwise(pl.lit(str(Status.NO_ANNOTATION))),
+        )
+    )
+
+
+def _with_truth(views: pl.DataFrame, truth: pl.DataFrame) -> pl.DataFrame:
+    known = views.drop("truth").join(truth, on="id", how="left", validate="1:1", maintain_order="left")
+    lost = (pl.col("status") == Status.OK) & pl.col("truth").is_null()
+    return known.with_columns(status=pl.when(lost).then("why").otherwise("status")).select(views.columns)
 
 
 def _check(views: Views, plan: Plan) -> None:
@@ -139,19 +198,19 @@ def _check(views: Views, plan: Plan) -> None:
     public = views.public()
     if len(public) < plan.probe.k:
         raise ConfigError(
-            f"probe.k={plan.probe.k} is more than the bank holds: the split has {len(public)} usable public images. "
-            f"Set probe.k to at most {len(public)}, or choose a larger split."
+            f"probe.k={plan.probe.k} is more than the bank holds: the split has {len(public)} usable public rows"
+            f"{_told(views.bank, Role.PUBLIC)}. Set probe.k to at most {len(public)}, or choose a larger split."
         )
-    measured = views.measured()
-    if not len(measured.filter(pl.col("role") == Role.TARGET)):
-        counts = ", ".join(f"{count} {status}" for status, count in status_counts(views.queries, Role.TARGET).items())
-        raise DataError(f"no target image can be used ({counts}). Lower split.min_side_px, or check the boxes.")
-    lost = sorted(set(measured["label"]) - set(public["label"]))
-    if lost:
+    if not len(views.measured().filter(pl.col("role") == Role.TARGET)):
         raise DataError(
-            f"class {lost[0]} has no usable public image ({len(lost)} such classes), so its label cannot be inferred. "
-            "Raise split.public, lower split.target, or leave the class out."
+            f"no target row can be used{_told(views.queries, Role.TARGET)}. Lower split.min_side_px for background "
+            "crops; check boxes, captions and objects."
         )
+
+
+def _told(views: pl.DataFrame, role: Role) -> str:
+    """The statuses of a role in brackets."""
+    return f" ({', '.join(f'{count} {status}' for status, count in status_counts(views, role).items())})"
 
 
 def training_inputs(plan: Plan, views: Views) -> TrainingInputs:
@@ -169,6 +228,7 @@ def training_inputs(plan: Plan, views: Views) -> TrainingInputs:
         backgrounds=views.queries,
         labels=views.labels(),
         repeats=dict(rows.select("id", "planted_repeats").drop_nulls().iter_rows()),
+        captions=dict(rows.select("id", "captions").drop_nulls().iter_rows()),
         store=views.manifest.store,
         cache=plan.trainer.cache,
         device=plan.trainer.device,
@@ -186,7 +246,7 @@ def training_inputs(plan: Plan, views: Views) -> TrainingInputs:
 
 def train(plan: Plan, inputs: TrainingInputs) -> LoadedEncoder:
     """Train the encoder that the configuration asks to train on this data set."""
-    if not isinstance(plan.model, TrainedEncoder):
+    if not isinstance(plan.model, TrainedHere):
         raise TypeError("only an encoder trained here can be trained")
     return plan.model.train(inputs)
 
@@ -197,8 +257,8 @@ def embed(plan: Plan, views: Views, encoder: LoadedEncoder) -> tuple[Views, Embe
     Returns:
         The views with the new statuses, and the embeddings of those that remain usable, in their order.
     """
-    queries = plan.trainer.embed(encoder, views.measured(), views.manifest.store, "embedding query views")
-    bank = plan.trainer.embed(encoder, views.public(), views.manifest.store, "embedding public images")
+    queries = plan.trainer.embed(encoder, views.measured(), views.manifest.store, "embedding queries")
+    bank = plan.trainer.embed(encoder, views.public(), views.manifest.store, "embedding the bank")
     views = replace(
         views,
         queries=_without_unreadable(views.queries, queries.reasons),
@@ -226,6 +286,7 @@ def reference_inputs(
         queries=views.measured(),
         heldout=views.heldout(),
         bank=views.public(),
+        rows=views.rows,
         probe=plan.probe,
         target=target,
         encoder=encoder,
@@ -256,11 +317,26 @@ def score(
 
 
 def utility(plan: Plan, views: Views, encoder: LoadedEncoder, bank: Embeddings) -> list[dict[str, Any]]:
-    """What the encoder is good for, on whole unseen images."""
-    unseen = crops.views(views.rows.filter(pl.col("role") == Role.UNSEEN), crops.FullImage())
-    return plan.utility.measure(
-        encoder, plan.model, views.public(), bank.values, unseen, plan.trainer, views.manifest, plan.probe, plan.seed
-    )
+    """What the encoder is good for, on whole unseen images: where they have labels, and where they have captions."""
+    rows = views.rows.filter(pl.col("role") == Role.UNSEEN)
+    unseen = crops.views(rows, crops.FullImage())
+    found = []
+    if plan.probe.bank == crops.FullImage() and not views.public()["label"].null_count():
+        found += plan.utility.measure(
+            encoder,
+            plan.model,
+            views.public(),
+            bank.values,
+            unseen,
+            plan.trainer,
+            views.manifest,
+            plan.probe,
+            plan.seed,
+        )
+    if plan.model.reads == BOTH:
+        texts = crops.views(rows, Caption())
+        found += plan.utility.measure_retrieval(encoder, texts, unseen, plan.trainer, views.manifest, plan.seed)
+    return found
 
 
 def status_counts(views: pl.DataFrame, role: Role) -> dict[str, int]:
@@ -311,7 +387,7 @@ def collect(
             used = by_status.get(Status.OK, 0)
         rows = sum(by_status.values())
         counts[str(role)] = {"rows": rows, "used": used, "excluded": rows - used, "by_status": by_status}
-    trained = plan.model if isinstance(plan.model, TrainedEncoder) else None
+    trained = plan.model if isinstance(plan.model, TrainedHere) else None
     images_listed = views.manifest.rows.sort("id").drop("path")
     dealt = views.rows.select("id", "role", "content").sort("id")
     return {
@@ -332,12 +408,14 @@ def collect(
         "dataset": {
             "name": views.manifest.name,
             "rows": len(views.manifest.rows),
-            "labels": views.manifest.rows["label"].n_unique(),
+            "labels": len(views.labels()),
             "hash": provenance.hash_table(images_listed),
         },
         "split": {"hash": provenance.hash_table(dealt)},
+        "infers": plan.scoring.infers,
         "probe": {
             "view": plan.probe.query.name,
+            "bank_view": plan.probe.bank.name,
             "k": plan.probe.k,
             "metric": plan.probe.metric,
             "ties": plan.probe.ties,

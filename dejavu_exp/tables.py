@@ -18,10 +18,10 @@ import polars as pl
 
 from dejavu_exp.errors import DataError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Part of every cache key: raise it when a column or its meaning changes."""
 
-FIGURES_VERSION = 2
+FIGURES_VERSION = 3
 """Stands in figures.json as `schema`: raise it when a key or its meaning changes."""
 
 Schema: TypeAlias = Mapping[str, pl.DataType | type[pl.DataType]]
@@ -41,6 +41,7 @@ class Status(StrEnum):
     TOO_SMALL = "too_small"
     UNREADABLE = "unreadable"
     NO_LABEL = "no_label"
+    NO_CAPTION = "no_caption"
     NO_OBJECTS = "no_objects"
     NO_EVIDENCE = "no_evidence"
 
@@ -65,8 +66,8 @@ MANIFEST: Schema = {
     "width": pl.Int32,  # pixels; null where only the image itself can tell
     "height": pl.Int32,
     "boxes": BOXES,  # [xmin, ymin, xmax, ymax] in pixels, upper ends exclusive; null without annotation
-    "caption": pl.String,
-    "objects": pl.List(pl.String),  # names of all annotated objects; null without annotation
+    "captions": pl.List(pl.String),  # null or empty where there is none
+    "objects": pl.List(pl.String),  # names of all annotated objects; null without annotation, empty where there is none
     "tags": pl.List(pl.String),  # names of background things the data set itself lists
     "tag_boxes": BOXES,  # where each tag is; null where the data set does not say
     "status": pl.String,
@@ -83,7 +84,9 @@ VIEWS: Schema = {
     "label": pl.String,
     "path": pl.String,
     "content": pl.String,  # hash of the image file's bytes
-    "xmin": pl.Int32,  # the region, pixels, upper ends exclusive
+    "truth": pl.List(pl.String),  # what is to be inferred: the label, or the objects; null where it is not known
+    "texts": pl.List(pl.String),  # what a caption view shows; null for a view of the image
+    "xmin": pl.Int32,  # the region, pixels, upper ends exclusive; null for a caption view
     "ymin": pl.Int32,
     "xmax": pl.Int32,
     "ymax": pl.Int32,
@@ -119,6 +122,36 @@ SCORES: Schema = {
     "quadrant": pl.String,
     "memorization_score": pl.Float64,
     "memorization_confidence": pl.Float64,  # nats; null where it is not defined
+}
+
+PREDICTIONS = ("all", "top10", "top1")
+"""How many of the objects that a predictor has evidence for count as predicted."""
+
+OBJECT_SCORES: Schema = {
+    "id": pl.String,
+    "role": pl.String,
+    "label": pl.String,  # of the manifest; null where it has none
+    "reference": pl.String,
+    "status": pl.String,
+    "objects": pl.List(pl.String),  # the truth, sorted
+    "target_found": pl.List(pl.String),  # those that the target predicts, by the headline's prediction; sorted
+    "reference_found": pl.List(pl.String),
+    **{
+        f"{who}_{measure}_{prediction}": pl.Float64  # fractions, 0 to 1
+        for prediction in PREDICTIONS
+        for who in ("target", "reference")
+        for measure in ("precision", "recall", "f")
+    },
+    "target_distance": pl.Float64,  # to the nearest bank entry, the probe's unit; null for a predictor without a bank
+    "reference_distance": pl.Float64,
+    "target_confidence": pl.Float64,
+    "target_tied": pl.Boolean,
+    "reference_confidence": pl.Float64,
+    "reference_correct": pl.Boolean,  # all objects are predicted
+    "reference_tied": pl.Boolean,
+    "target_correct": pl.Boolean,
+    "quadrant": pl.String,  # by recall of the headline's prediction: memorized where the target's is larger
+    "memorization_score": pl.Float64,
 }
 
 

@@ -1,26 +1,33 @@
-"""Taggers: what things are in a crop. Their tags are what the naive Bayes reference learns from."""
+"""Taggers: what things are in a crop, for the naive Bayes reference; or in a whole image, as objects to be inferred."""
 
 from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
 
 from dejavu_exp import tables
+from dejavu_exp.datasets import pickles
 from dejavu_exp.datasets.base import Manifest
 from dejavu_exp.encoders import Encoder
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.tables import Status
 
+if TYPE_CHECKING:
+    from dejavu_exp.extract import Extractor
+
 BLOCK = 8192
 """Rows whose scores are put in order at a time."""
+WHOLE = "full"
+"""The view of a whole image."""
 FREQUENCIES = "_freq.json"
 """How the released code's frequency files end."""
 
@@ -194,8 +201,172 @@ def _inside(tags: list[str], boxes: list[list[int]] | None, region: list[int]) -
 
 
 @dataclass(frozen=True)
+class DatasetObjects:
+    """The objects that the data set's own annotations name, for whole images; of a crop they say nothing."""
+
+    @property
+    def encoder(self) -> None:
+        """No network is needed."""
+        return
+
+    def check(self) -> None:
+        """Nothing can fail before the data set is read."""
+
+    def tag(
+        self,
+        views: pl.DataFrame,
+        manifest: Manifest,
+        outputs: npt.NDArray[Any] | None,
+        classes: tuple[str, ...] | None,
+    ) -> pl.DataFrame:
+        """See `Tagger.tag`; each object once, in the order listed, with the score 1.
+
+        Raises:
+            ConfigError: a view is not of a whole image, or no image of the data set is annotated.
+        """
+        _require_whole(views, "dataset_objects")
+        listed = manifest.rows.select("id", "objects")
+        if len(listed) and listed["objects"].null_count() == len(listed):
+            raise ConfigError(
+                f"tagger=dataset_objects: {manifest.name} names no objects. Choose another, e.g. tagger=rtdetr, or "
+                f"tagger=precomputed with a file of your own."
+            )
+        rows = views.join(listed, on="id", how="left", validate="m:1", maintain_order="left")
+        return _named(views["view_id"], rows["objects"].to_list())
+
+
+def _require_whole(views: pl.DataFrame, tagger: str) -> None:
+    """Refuse crops, of which annotations of whole images say nothing."""
+    other = views.filter(pl.col("view").ne_missing(WHOLE))
+    if len(other):
+        raise ConfigError(
+            f"tagger={tagger} names what is in a whole image, and {other['view_id'][0]} is a part of one. Choose a "
+            f"tagger that looks at the part, e.g. tagger=dataset_tags or tagger=open_clip."
+        )
+
+
+def _named(view_ids: pl.Series, names: list[list[str] | None]) -> pl.DataFrame:
+    """Names without scores, each once."""
+    tags = [None if row is None else list(dict.fromkeys(row)) for row in names]
+    return _table(view_ids, tags, [None if row is None else [1.0] * len(row) for row in tags])
+
+
+@dataclass(frozen=True)
+class AuthorsAnnotations:
+    """Objects of whole images from a pickle of the vision-language test's released annotation step.
+
+    The pickle is a list with the object numbers or names of one image each. It names no images, so their order must be
+    known. Nothing in it is run, see `datasets.pickles`.
+
+    Attributes:
+        path: the pickle.
+        order: path of a text file with the image of each entry, one a line: its id in the data set, or its file name;
+            null where the entries are all images of the data set, sorted by id.
+        names: path of a text file with the object names, one a line, the name of number 0 first; null to take the
+            numbers themselves as names.
+    """
+
+    path: str
+    order: str | None = None
+    names: str | None = None
+
+    @property
+    def encoder(self) -> None:
+        """No network is needed."""
+        return
+
+    def check(self) -> None:
+        """See `Tagger.check`."""
+        for key, path in (("path", self.path), ("order", self.order), ("names", self.names)):
+            if path is not None and not Path(path).expanduser().is_file():
+                raise ConfigError(f"tagger.{key}={path}: there is no such file.")
+
+    def tag(
+        self,
+        views: pl.DataFrame,
+        manifest: Manifest,
+        outputs: npt.NDArray[Any] | None,
+        classes: tuple[str, ...] | None,
+    ) -> pl.DataFrame:
+        """See `Tagger.tag`; each object once, in the order of the file, with the score 1.
+
+        Raises:
+            ConfigError: a view is not of a whole image.
+            DataError: a file is not as it must be, or the files do not go together.
+        """
+        _require_whole(views, "authors_annotations")
+        entries = pickles.read_arrays(Path(self.path).expanduser())
+        images = self._images(manifest, len(entries))
+        names = None if self.names is None else _lines(self.names)
+        known = {
+            image: [self._object(item, names, number) for item in entry]
+            for number, (image, entry) in enumerate(zip(images, entries, strict=True))
+        }
+        return _named(views["view_id"], [known.get(image) for image in views["id"]])
+
+    def _images(self, manifest: Manifest, count: int) -> list[str]:
+        """The image of each entry; one that the data set does not have keeps its name."""
+        listed = manifest.rows["id"].to_list() if self.order is None else _lines(self.order)
+        if len(listed) != count:
+            told = f"{manifest.name} has" if self.order is None else f"{self.order} lists"
+            raise DataError(
+                f"{self.path} has {count} entries, and {told} {len(listed)} images. Give with tagger.order a text file "
+                f"with the image of each entry, one a line."
+            )
+        if self.order is None:
+            return listed
+        by_file = _ids_by_file(manifest)
+        own = set(manifest.rows["id"])
+        images = [name if name in own else _one_image(name, by_file, self.order, manifest) for name in listed]
+        repeated = sorted({image for image, times in Counter(images).items() if times > 1})
+        if repeated:
+            raise DataError(f"{self.order}: {repeated[0]} is named more than once; keep one line for each image.")
+        return images
+
+    def _object(self, item: pickles.Item, names: list[str] | None, entry: int) -> str:
+        if isinstance(item, str) or names is None:
+            return str(item)
+        if not 0 <= item < len(names):
+            raise DataError(
+                f"{self.path}, entry {entry}: object {item} has no name in {self.names}, which has {len(names)} lines, "
+                f"0 to {len(names) - 1}."
+            )
+        return names[item]
+
+
+def _one_image(name: str, by_file: Mapping[str, list[str]], order: str, manifest: Manifest) -> str:
+    """The id of the image with this file name, or the name where there is none."""
+    images = by_file.get(PurePosixPath(name).name, [name])
+    if len(images) > 1:
+        raise DataError(
+            f"{order}: {name} is both {images[0]} and {images[1]} in {manifest.name}. Write the ids instead."
+        )
+    return images[0]
+
+
+def _ids_by_file(manifest: Manifest) -> dict[str, list[str]]:
+    """Image ids by file name, which alone is the same everywhere."""
+    ids: dict[str, list[str]] = {}
+    for image, name in manifest.rows.select("id", "path").iter_rows():
+        ids.setdefault(PurePosixPath(name).name, []).append(image)
+    return ids
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a text file, without blanks around them and without empty ones at the end."""
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").rstrip().splitlines()
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); it must be a text file with one name a line.") from error
+    return [line.strip() for line in lines]
+
+
+@dataclass(frozen=True)
 class PrecomputedTags:
     """Tags from a file: Parquet (id or view_id, tags, scores), or a folder in the layout of the released code.
+
+    Rows with an id hold for every view of an image, so give view_id where tags of crops are meant. Without the column
+    scores every score is 1.
 
     Attributes:
         path: the Parquet file, or the folder with labels.txt and labels/<id>_<name>_labels.json.
@@ -213,7 +384,7 @@ class PrecomputedTags:
         if not self._path().exists():
             raise ConfigError(
                 f"tagger.path={self.path}: there is no such file or folder. Give a Parquet file with id or view_id, "
-                f"tags and scores, or a folder with labels.txt and labels/."
+                f"tags and, where known, scores, or a folder with labels.txt and labels/."
             )
         if self._path().is_dir():
             read_authors_keys(self._path())
@@ -251,7 +422,11 @@ def _from_parquet(path: Path) -> tuple[str, Known]:
     except (OSError, pl.exceptions.PolarsError) as error:
         raise DataError(f"{path}: cannot be read as Parquet ({error}).") from error
     key = "view_id" if "view_id" in frame.columns else "id"
-    schema: tables.Schema = {key: pl.String, "tags": pl.List(pl.String), "scores": pl.List(pl.Float32)}
+    schema: dict[str, pl.DataType | type[pl.DataType]] = {key: pl.String, "tags": pl.List(pl.String)}
+    frame = tables.validate(frame, schema, str(path), key)
+    if "scores" not in frame.columns:
+        frame = frame.with_columns(scores=pl.col("tags").list.eval(pl.lit(1.0)))
+    schema["scores"] = pl.List(pl.Float32)
     frame = tables.validate(frame, schema, str(path), key).select(list(schema))
     whole = (
         (pl.col("tags").list.len() == pl.col("scores").list.len())
@@ -269,9 +444,7 @@ def _from_parquet(path: Path) -> tuple[str, Known]:
 
 def _from_folder(path: Path, manifest: Manifest) -> tuple[str, Known]:
     """The same by image id; the folder names images by path, of which the file name alone is the same everywhere."""
-    ids: dict[str, list[str]] = {}
-    for image, name in manifest.rows.select("id", "path").iter_rows():
-        ids.setdefault(PurePosixPath(name).name, []).append(image)
+    ids = _ids_by_file(manifest)
     found: Known = {}
     for entry in read_authors_labels(path):
         file = PurePosixPath(entry.image_path).name
@@ -386,3 +559,23 @@ def _read_json(path: Path) -> Any:  # noqa: ANN401 - the callers check it
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}).") from error
     return content
+
+
+def tag_views(tagger: Tagger, views: pl.DataFrame, manifest: Manifest, extractor: Extractor) -> pl.DataFrame:
+    """Tags of views; the tagger's network runs once, through the cache.
+
+    Args:
+        tagger: as configured.
+        views: columns of `tables.VIEWS`, status ok.
+        manifest: the data set.
+        extractor: runs the network.
+
+    Returns:
+        Columns of `tables.TAGS`, in the order of `views`; status "unreadable" where the image does not decode.
+    """
+    if tagger.encoder is None:
+        return tagger.tag(views, manifest, None, None)
+    found = extractor.embed(tagger.encoder.load(), views, manifest.store, "tagging")
+    tags = tagger.tag(views, manifest, np.nan_to_num(found.values), found.classes)
+    readable = pl.Series(found.readable, dtype=pl.Boolean)
+    return tags.with_columns(status=pl.when(readable).then("status").otherwise(pl.lit(str(Status.UNREADABLE))))

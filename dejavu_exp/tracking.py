@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import polars as pl
 
 from dejavu_exp.errors import ConfigError
+from dejavu_exp.tables import PREDICTIONS
 
 if TYPE_CHECKING:
     import wandb
@@ -22,7 +23,11 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COMPARED = ("gap", "unseen_gap", "corrected_gap")
-WHOLE_RUN = ("corrected_gap", "both_directions", "planted")
+OBJECT_FIGURES = ("target_recall", "reference_recall", "ppg", "aucg", "precision_gap")
+"""What the comparison of an object run has beside the gaps."""
+MOST_OBJECTS = 1000
+"""Rows of the table of objects, those with the largest gap."""
+WHOLE_RUN = ("corrected_gap", "corrected", "both_directions", "planted")
 """Parts of a reference's figures that stand beside the roles."""
 NO_CURVES: Mapping[str, pl.DataFrame] = MappingProxyType({})
 
@@ -37,7 +42,7 @@ class WandbTracking:
         group: groups the runs of a sweep.
         mode: "auto" (what WANDB_MODE says where it is set, else online where logged in), "online", "offline" or
             "disabled". Where online cannot be had the run is kept offline; nobody is asked.
-        images: also upload the gallery. Off by default: memorized images may be private.
+        images: also upload the gallery, with its captions. Off by default: what is memorized may be private.
     """
 
     project: str = "dejavu_exp"
@@ -63,9 +68,10 @@ class WandbTracking:
 
         Args:
             figures: what figures.json holds.
-            scores: columns of `tables.SCORES`; histograms of the memorization score are made from it.
+            scores: columns of `tables.SCORES` or `tables.OBJECT_SCORES`; histograms of the memorization score are made
+                from it.
             run_dir: the run's folder; W&B writes below it.
-            gallery: most memorized images, uploaded only where `images` is set.
+            gallery: most memorized images, or pairs with their captions, uploaded only where `images` is set.
             config: the resolved configuration.
             training: loss curves of networks trained for this run, as for `log_training`.
         """
@@ -73,7 +79,7 @@ class WandbTracking:
         def fill(run: wandb.Run) -> None:
             run.log(_media(figures, scores))
             if self.images:
-                run.log({"most_memorized": [_picture(item) for item in gallery]})
+                run.log({"most_memorized": [_picture(item) for item in gallery if item.seen.image is not None]})
             _log_curves(run, training)
             run.summary.update({"verdict": figures["verdict"], "random_weights": figures["encoder"]["random"]})
             run.summary.update(dict(flat(figures)))
@@ -151,26 +157,55 @@ def _suffix(percent: str) -> str:
 
 def _chartable(figures: Mapping[str, Any]) -> tuple[str, str]:
     """Columns of the comparison to chart, the first that is there: at the largest confident share reported."""
+    if figures["infers"] == "objects":
+        return "corrected_gap", "gap"
     found = next(iter(figures["references"].values()))
     suffix = _suffix(max(found["roles"]["target"]["top1"], key=float))
     return f"corrected_gap{suffix}", f"gap{suffix}"
 
 
 def comparison(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per reference: its gaps on target and unseen rows and the corrected one, each with its interval."""
+    """One row per reference: its gaps on target and unseen rows and the corrected one, each with its interval.
+
+    Of an object run one row per reference and prediction, the headline first; its gap is PRG.
+    """
+    return _object_comparison(figures) if figures["infers"] == "objects" else _label_comparison(figures)
+
+
+def _label_comparison(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for name, found in figures["references"].items():
         row: dict[str, Any] = {"reference": name}
         for percent, cell in found["roles"]["target"]["top1"].items():
-            suffix = _suffix(percent)
             unseen = found["roles"].get("unseen", {}).get("top1", {}).get(percent, {}).get("gap")
             corrected = found.get("corrected_gap", {}).get("top1", {}).get(percent)
-            for kind, estimate in zip(COMPARED, (cell["gap"], unseen, corrected), strict=True):
-                if estimate is not None:
-                    row |= {f"{kind}{suffix}": estimate["value"]}
-                    row |= {f"{kind}{suffix}_{end}": estimate[end] for end in ("low", "high")}
+            row |= _compared((cell["gap"], unseen, corrected), _suffix(percent))
         rows.append({**row, "verdict": found["verdict"]})
     return rows
+
+
+def _object_comparison(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    rows = []
+    for name, found in figures["references"].items():
+        target = found["roles"]["target"]
+        for prediction in (key for key in target if key in PREDICTIONS):
+            cell = target[prediction]
+            unseen = found["roles"].get("unseen", {}).get(prediction, {}).get("gap")
+            corrected = found.get("corrected", {}).get(prediction, {}).get("gap")
+            row = {"reference": name, "predicted": prediction, **_compared((cell["gap"], unseen, corrected), "")}
+            row |= {figure: cell[figure]["value"] for figure in OBJECT_FIGURES}
+            rows.append({**row, "verdict": found["verdict"]})
+    return rows
+
+
+def _compared(estimates: Sequence[Mapping[str, Any] | None], suffix: str) -> dict[str, Any]:
+    """The columns of `COMPARED`, each with its interval, where there is one."""
+    row: dict[str, Any] = {}
+    for kind, estimate in zip(COMPARED, estimates, strict=True):
+        if estimate is not None:
+            row |= {f"{kind}{suffix}": estimate["value"]}
+            row |= {f"{kind}{suffix}_{end}": estimate[end] for end in ("low", "high")}
+    return row
 
 
 def flat(figures: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
@@ -239,21 +274,64 @@ def _media(figures: Mapping[str, Any], scores: pl.DataFrame) -> dict[str, Any]:
     """Tables, charts and histograms of a run."""
     import wandb
 
-    compared = _table(comparison(figures))
+    rows = comparison(figures)
+    compared = _table(rows)
+    # One bar a reference: of an object run the headline's, which comes first.
+    charted = _table([row for row, last in zip(rows, [None, *rows], strict=False) if _begins(row, last)])
     paired = {"agreement": agreement(figures), "differences": differences(figures)}
     return {
         "comparison": compared,
         "comparison_chart": wandb.plot.bar(
-            compared,
+            charted,
             "reference",
-            next(column for column in _chartable(figures) if column in compared.columns),
+            next(column for column in _chartable(figures) if column in charted.columns),
             title="Gap by reference",
         ),
         **{name: _table(rows) for name, rows in paired.items() if rows},
-        **{f"{name}/curve": _curve(name, found) for name, found in figures["references"].items()},
-        **{f"{name}/per_class": _per_class(found) for name, found in figures["references"].items()},
+        **(_object_media(figures) if figures["infers"] == "objects" else _label_media(figures)),
         **_histograms(scores),
     }
+
+
+def _begins(row: Mapping[str, Any], last: Mapping[str, Any] | None) -> bool:
+    """True for the first row of a reference."""
+    return last is None or row["reference"] != last["reference"]
+
+
+def _label_media(figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        **{f"{name}/curve": _curve(name, found) for name, found in figures["references"].items()},
+        **{f"{name}/per_class": _per_class(found) for name, found in figures["references"].items()},
+    }
+
+
+def _object_media(figures: Mapping[str, Any]) -> dict[str, Any]:
+    tables: dict[str, Any] = {}
+    for name, found in figures["references"].items():
+        parts = {"per_object": _per_object(found), "fine_grained": _fine_grained(found)}
+        tables |= {f"{name}/{part}": _table(rows) for part, rows in parts.items() if rows}
+    return tables
+
+
+def _per_object(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"object": row["object"], "rows": row["rows"]}
+        | {key: row[key]["value"] for key in ("target", "reference", "gap")}
+        | {f"gap_{end}": row["gap"][end] for end in ("low", "high")}
+        for row in found["per_object"][:MOST_OBJECTS]
+    ]
+
+
+def _fine_grained(found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One row per role, ranking and share of rows that the ranking puts first."""
+    return [
+        {"role": role, "ranking": ranking, "percent": float(percent), "n": cell["n"], "optimistic": cell["optimistic"]}
+        | {gap: cell[gap]["value"] for gap in ("recall_gap", "precision_gap", "f_gap")}
+        | {f"recall_gap_{end}": cell["recall_gap"][end] for end in ("low", "high")}
+        for role, figures in found["roles"].items()
+        for ranking, cells in figures.get("fine_grained", {}).items()
+        for percent, cell in cells.items()
+    ]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> wandb.Table:
@@ -304,4 +382,4 @@ def _picture(item: GalleryItem) -> wandb.Image:
     import wandb
     from PIL import Image
 
-    return wandb.Image(Image.open(io.BytesIO(item.image)), caption=f"{item.id}: {item.label_name}, {item.score:.2f}")
+    return wandb.Image(Image.open(io.BytesIO(item.seen.image or b"")), caption=item.told())

@@ -42,16 +42,14 @@ def train(plan: "Plan", run_dir: Path, resolved: Mapping[str, Any]) -> None:
     from dejavu_exp.errors import ConfigError
 
     trained_references = [reference for reference in plan.references.values() if reference.is_trained]
-    if not isinstance(plan.model, training.TrainedEncoder) and not trained_references:
+    if not isinstance(plan.model, training.TrainedHere) and not trained_references:
         raise ConfigError(
             "nothing to train: neither the model nor a reference is trained here. Choose model=trained, "
             "reference=two_model or reference=crop_classifier."
         )
-    training.load_if_ready(plan.model)
-    for reference in plan.references.values():
-        reference.check(plan.tagger, plan.model)
-    inputs = stages.training_inputs(plan, stages.prepare(plan))
-    if isinstance(plan.model, training.TrainedEncoder):
+    stages.check(plan)
+    inputs = stages.training_inputs(plan, stages.name_truth(plan, stages.prepare(plan)))
+    if isinstance(plan.model, training.TrainedHere):
         plan.model.train(inputs)
     for reference in trained_references:
         reference.train(inputs)

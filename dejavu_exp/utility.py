@@ -1,4 +1,4 @@
-"""How useful an encoder is beside what it memorizes: k-NN, linear-probe and zero-shot accuracy on whole images."""
+"""How useful an encoder is beside what it memorizes: accuracies on whole images, and retrieval by caption."""
 
 from __future__ import annotations
 
@@ -31,6 +31,8 @@ FOLDS = 3
 SEARCH_ROWS = 5000
 """Images that the choice among `STRENGTHS` rests on at most; the probe itself learns from all."""
 ITERATIONS = 500
+RANK_BLOCK = 1024
+"""Captions compared at a time."""
 NO_ANSWERS: BoolArray = np.zeros(0, dtype=np.bool_)
 TEMPLATE = "a photo of a {}."
 """The text for a class, as in arXiv 2103.00020, section 3.1.4."""
@@ -47,6 +49,7 @@ class Utility:
         linear_probe: measure a logistic regression on standardised embeddings.
         knn: measure the votes of the nearest public images, with k, metric and ties of the probe.
         zero_shot: measure class names as texts; open_clip models only.
+        retrieval: measure how often a caption finds its own image; for encoders of images and texts, and pairs.
         max_train: most public images that the linear probe learns from, drawn evenly from all classes.
         max_test: most images tested on, drawn evenly from all classes.
         level: of the exact binomial intervals.
@@ -55,6 +58,7 @@ class Utility:
     linear_probe: bool = True
     knn: bool = True
     zero_shot: bool = True
+    retrieval: bool = True
     max_train: int = 20000
     max_test: int = 10000
     level: float = 0.95
@@ -113,6 +117,46 @@ class Utility:
         if with_texts:
             found.append(self._zero_shot(exam, with_texts, extractor, manifest))
         return found
+
+    def measure_retrieval(
+        self,
+        encoder: LoadedEncoder,
+        captions: pl.DataFrame,
+        images: pl.DataFrame,
+        extractor: Extractor,
+        manifest: Manifest,
+        seed: int,
+    ) -> list[dict[str, Any]]:
+        """How often the image of a caption is the nearest, and among the five nearest, of all images by cosine.
+
+        Args:
+            encoder: of images and texts.
+            captions: caption views of unseen rows, columns of `tables.VIEWS`; those not of status ok are excluded.
+            images: whole images of the same rows, in the same order.
+            extractor: embeds views.
+            manifest: the data set.
+            seed: of the pairs drawn where there are more than `max_test`.
+
+        Returns:
+            As `measure`. An image as near as the caption's own counts as nearer: what looks the same is not found.
+        """
+        both = (captions["status"] == Status.OK) & (images["status"] == Status.OK)
+        if not (self.retrieval and both.any()):
+            return []
+        order = np.array(
+            [provenance.hash_order(seed, "utility pairs", name) for name in captions["id"]], dtype=np.uint64
+        )
+        drawn = np.flatnonzero(both.to_numpy())
+        drawn = np.sort(drawn[np.argsort(order[drawn])][: self.max_test])
+        texts = extractor.embed(encoder, captions[drawn], manifest.store, "embedding unseen captions")
+        pixels = extractor.embed(encoder, images[drawn], manifest.store, "embedding unseen images")
+        ranks = ranks_of_own(texts.values[pixels.readable], pixels.values[pixels.readable])
+        told = f"caption to {len(ranks)} images of unseen pairs, cosine"
+        excluded = len(both) - int(both.sum()) + len(pixels.reasons)
+        return [
+            _told(f"retrieval at {top}", told, proportion(int((ranks < top).sum()), len(ranks), self.level, excluded))
+            for top in (1, 5)
+        ]
 
     def _exam(
         self,
@@ -241,6 +285,29 @@ class _Exam:
         return np.searchsorted(np.array(self.labels, dtype=str), views["label"].to_numpy().astype(str))
 
 
+def ranks_of_own(queries: Float32Array, bank: Float32Array) -> IntArray:
+    """How many entries are at least as near to each query as its own, by cosine.
+
+    Args:
+        queries: shape (N, D).
+        bank: shape (N, D); the entry of a query has its row.
+
+    Returns:
+        Shape (N,); 0 where its own is the nearest.
+
+    >>> ranks_of_own(np.eye(2, dtype=np.float32), np.array([[1, 0], [1, 0.5]], np.float32)).tolist()
+    [0, 0]
+    """
+    near, far = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (queries, bank))
+    ranks = np.empty(len(near), dtype=np.int64)
+    for start in range(0, len(near), RANK_BLOCK):
+        rows = np.arange(start, min(start + RANK_BLOCK, len(near)))
+        cosines = near[rows] @ far.T
+        own = cosines[rows - start, rows]
+        ranks[rows] = (cosines >= own[:, None]).sum(axis=1) - 1
+    return ranks
+
+
 def proportion(successes: int, trials: int, level: float, n_excluded: int = 0) -> Estimate:
     """A fraction with its exact binomial interval.
 
@@ -367,7 +434,14 @@ def _classifier(model: OpenClipEncoder, texts: Sequence[str]) -> LoadedEncoder:
         vocabulary = Path(folder) / "classes.txt"
         vocabulary.write_text("\n".join(texts), encoding="utf-8")
         return ZeroShotEncoder(
-            model.arch, model.pretrained, model.weights, str(vocabulary), TEMPLATE, model.seed
+            model.arch,
+            model.pretrained,
+            model.weights,
+            str(vocabulary),
+            TEMPLATE,
+            model.seed,
+            arch_config=model.arch_config,
+            preprocess=model.preprocess,
         ).load()
 
 

@@ -93,6 +93,7 @@ def planted(
         "schema": tables.FIGURES_VERSION,
         "title": "planted",
         "headline": "naive_bayes",
+        "infers": "label",
         "encoder": {
             "description": encoder,
             "weights": "file planted",
@@ -137,7 +138,9 @@ def test_every_figure_reaches_its_cell(tmp_path: Path) -> None:
     assert table["run"].unique(maintain_order=True).to_list() == ["2", "10"]
     assert len(table) == 2 * 2 * 2 * 3
     assert result.settings == ("probe.k",)
-    row = next(row for row in table.iter_rows(named=True) if (row["run"], row["top"], row["surest"]) == ("2", 1, 20.0))
+    row = next(
+        row for row in table.iter_rows(named=True) if (row["run"], row["top"], row["surest"]) == ("2", "top1", 20.0)
+    )
     assert (row["reference"], row["headline"], row["probe.k"]) == ("naive_bayes", True, 10)
     assert (row["target_accuracy"], row["reference_accuracy"]) == (0.6, 0.2)
     assert row["gap"] == pytest.approx(0.4)
@@ -148,7 +151,7 @@ def test_every_figure_reaches_its_cell(tmp_path: Path) -> None:
     assert [row[name] for name in ("memorized", "correlated", "forgotten", "unassociated")] == [0.25, 0.35, 0.1, 0.3]
     assert (row["planted_auroc"], row["reference_seconds"], row["utility_knn"]) == (0.9, 1.25, 0.75)
     assert (row["split"], row["trained_here"], row["epoch"]) == ("01234567", True, None)
-    whole = table.filter(pl.col("run") == "2", pl.col("top") == 1, pl.col("surest") == 100)
+    whole = table.filter(pl.col("run") == "2", pl.col("top") == "top1", pl.col("surest") == 100)
     assert whole["both_directions"].to_list() == [0.22, None]
     assert whole["reference_seconds"].to_list() == [1.25, None]
     assert table.filter(run="10")["utility_knn"].null_count() == 12
@@ -187,7 +190,7 @@ def broken_figures() -> dict[str, Any]:
         "'much' and not a number": odd,
         "has no roles": shapeless,
         "utility is not a list": utility,
-        "schema 1, and this version reads 2": {**planted(seed=6), "schema": 1},
+        "schema 2, and this version reads 3": {**planted(seed=6), "schema": 2},
         "schema None": {"title": "older still"},
         "has schema None": [1, 2],
         "other data: the manifest's hash is eeeeeeee, and 2 of 3 runs have dddddddd": planted(data="e" * 32, seed=7),
@@ -211,7 +214,7 @@ def test_what_cannot_be_compared_is_left_out_with_the_reason(tmp_path: Path, rea
 def test_killed_and_damaged_runs_are_left_out(tmp_path: Path) -> None:
     write(tmp_path / "good", planted())
     (write(tmp_path / "killed", {}) / "figures.json").unlink()
-    (write(tmp_path / "cut", {}) / "figures.json").write_text('{"schema": 2, ')
+    (write(tmp_path / "cut", {}) / "figures.json").write_text('{"schema": 3, ')
     (write(tmp_path / "bytes", {}) / "figures.json").write_bytes(b"\xff\xfe")
     result = compare.gather([tmp_path])
     reasons = {item.run: item.reason for item in result.skipped}
@@ -264,9 +267,9 @@ def test_folders_without_runs_are_an_error_that_names_them(tmp_path: Path) -> No
 
 
 def test_no_usable_run_is_an_error_with_the_reasons(tmp_path: Path) -> None:
-    write(tmp_path / "1", {"schema": 1})
-    write(tmp_path / "2", {"schema": 2})
-    with pytest.raises(DataError, match=r"(?s)none of the 2 run folders.*1: figures.json has schema 1.*2: .* no run\."):
+    write(tmp_path / "1", {"schema": 2})
+    write(tmp_path / "2", {"schema": 3})
+    with pytest.raises(DataError, match=r"(?s)none of the 2 run folders.*1: figures.json has schema 2.*2: .* no run\."):
         compare.compare([tmp_path], tmp_path)
 
 
@@ -378,7 +381,7 @@ def test_undefined_figures_stay_undefined(tmp_path: Path) -> None:
         }
     write(tmp_path / "5", figures)
     write(tmp_path / "10", planted(probe__k=10))
-    table = compare.compare([tmp_path], tmp_path).table.filter(pl.col("run") == "5", pl.col("top") == 1)
+    table = compare.compare([tmp_path], tmp_path).table.filter(pl.col("run") == "5", pl.col("top") == "top1")
     assert table["gap"].null_count() == len(table)
     assert table["gap_n_used"].unique().to_list() == [0]
 

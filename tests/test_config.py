@@ -20,8 +20,14 @@ NEEDED = {
     ("dataset", "tiny_imagenet"): ["dataset.root=/nowhere"],
     ("dataset", "imagenet"): ["dataset.root=/nowhere", "dataset.boxes=/nowhere"],
     ("dataset", "manifest"): ["dataset.path=/nowhere.csv"],
+    ("dataset", "coco"): ["dataset.root=/nowhere"],
+    ("dataset", "flickr8k"): ["dataset.root=/nowhere"],
+    ("dataset", "webdataset"): ["dataset.shards=/nowhere"],
     ("tagger", "precomputed"): ["tagger.path=/nowhere.parquet"],
+    ("tagger", "authors_annotations"): ["tagger.path=/nowhere.pkl"],
     ("experiment", "replicate"): ["dataset.root=/nowhere"],
+    ("experiment", "coco"): ["dataset.root=/nowhere"],
+    ("experiment", "flickr8k"): ["dataset.root=/nowhere"],
 }
 """Values that have no default."""
 
@@ -38,6 +44,8 @@ def choosing(path: Path) -> list[str]:
     needed = NEEDED.get((group, name), [])
     if group == "crop_classifier":
         return ["reference=crop_classifier", f"crop_classifier@references.crop_classifier={name}"]
+    if group == "text_encoder":
+        return ["reference=text_embedding", f"text_encoder@references.text_embedding.encoder={name}"]
     if group.startswith("model/"):
         return ["model=trained", f"{group}={name}", *needed]
     return [f"{group}={name}", *needed]

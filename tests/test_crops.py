@@ -174,7 +174,7 @@ def row(
     size: tuple[int | None, int | None] = (50, 40),
 ) -> dict[str, Any]:
     known = {"id": name, "path": f"{name}.png", "origin": "train", "label": "cat", "boxes": boxes}
-    rest = dict.fromkeys(("caption", "objects", "tags", "tag_boxes"))
+    rest = dict.fromkeys(("captions", "objects", "tags", "tag_boxes"))
     place = {"width": size[0], "height": size[1], "role": "target", "content": f"hash of {name}"}
     return {**known, **rest, **place, "status": status, "detail": detail}
 
@@ -188,7 +188,6 @@ def rows() -> pl.DataFrame:
         row("covered", boxes=[[0, 0, 50, 40]]),
         row("outside", boxes=[[0, 0, 51, 40]]),
         row("unreadable", Status.UNREADABLE, detail="truncated", size=(None, None)),
-        row("unlabelled", Status.NO_LABEL, boxes=[[20, 0, 50, 40]], detail="not listed"),
         row("unannotated", boxes=None),
     ]
     return pl.DataFrame(planted, schema={**tables.MANIFEST, "role": pl.String, "content": pl.String})
@@ -205,11 +204,10 @@ def test_background_views_keep_every_row_with_its_reason(rows: pl.DataFrame) -> 
         "too_small",
         "box_outside",
         "unreadable",
-        "no_label",
         "no_annotation",
     ]
     assert views.filter(pl.col("status") == "ok").select("xmin", "ymin", "xmax", "ymax").rows() == [(0, 0, 20, 40)]
-    assert views.filter(pl.col("status") != "ok")["xmin"].null_count() == 7
+    assert views.filter(pl.col("status") != "ok")["xmin"].null_count() == 6
     assert views["detail"].to_list()[:3] == [None, "no file", "not XML"]
     assert views["content"].to_list() == rows["content"].to_list()
 

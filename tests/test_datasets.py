@@ -153,10 +153,10 @@ def test_tiny_two_lines_of_an_image_are_two_boxes(tmp_path: Path) -> None:
     [
         ("val_0.JPEG\tn02\t1\t2\t3\tx", "bad_annotation", "n02"),
         ("val_0.JPEG\tn02\t1\t2\t3", "bad_annotation", "n02"),
-        ("val_0.JPEG\t1\t2\t3\t4", "no_label", None),
-        ("val_0.JPEG\tn77\t1\t2\t3\t4", "no_label", None),
-        ("val_0.JPEG\tn01\t1\t2\t3\t4\nval_0.JPEG\tn02\t1\t2\t3\t4", "no_label", None),
-        ("", "no_label", None),
+        ("val_0.JPEG\t1\t2\t3\t4", "bad_annotation", None),
+        ("val_0.JPEG\tn77\t1\t2\t3\t4", "bad_annotation", None),
+        ("val_0.JPEG\tn01\t1\t2\t3\t4\nval_0.JPEG\tn02\t1\t2\t3\t4", "bad_annotation", None),
+        ("", "no_annotation", None),
     ],
 )
 def test_tiny_val_lines(tmp_path: Path, line: str, status: str, label: str | None) -> None:
@@ -169,7 +169,8 @@ def test_tiny_val_lines(tmp_path: Path, line: str, status: str, label: str | Non
 
 def test_tiny_without_val_annotations_or_lists(tmp_path: Path) -> None:
     manifest = tiny(tmp_path, {"val/val_annotations.txt": None, "wnids.txt": None, "words.txt": None})
-    assert row(manifest, "val/val_0.JPEG")["status"] == "no_label"
+    assert row(manifest, "val/val_0.JPEG")["status"] == "no_annotation"
+    assert manifest.rows.filter(origin="val")["label"].null_count() == 2
     assert manifest.class_names == {}
     assert {problem.split(":")[0] for problem in manifest.problems} == {
         "val/val_annotations.txt",
@@ -308,12 +309,15 @@ def test_imagenet_flat_val_takes_its_class_from_the_xml(tmp_path: Path) -> None:
     assert [(one["label"], one["status"]) for one in found] == [
         ("n01", "ok"),
         ("n02", "ok"),
-        (None, "no_label"),
-        (None, "no_label"),
+        (None, "ok"),
+        (None, "no_annotation"),
     ]
     assert found[1]["boxes"] == [[5, 6, 7, 8], [0, 1, 2, 3]]
-    assert found[2]["detail"] == "its XML must name one class, not n01, n02"
+    assert found[2]["boxes"] == [[1, 2, 3, 4], [1, 2, 3, 4]]
     assert found[3]["detail"] == "it has no class folder and no XML file"
+    assert manifest.problems == (
+        "val/ILSVRC2012_val_00000003.JPEG: has no label, as its XML must name one class, not n01, n02.",
+    )
 
 
 def test_imagenet_equal_stems_of_other_classes_and_origins_are_told_apart(tmp_path: Path) -> None:
@@ -408,7 +412,7 @@ OWN: list[dict[str, Any]] = [
         "id": "one",
         "origin": "train",
         "boxes": [[10, 20, 50, 60], [0, 0, 5, 5]],
-        "caption": "a dog, on grass",
+        "captions": ["a dog, on grass", "an \u201canimal\u201d\nof 2 lines"],
         "objects": ["dog", "ball"],
         "tags": ["grass"],
         "tag_boxes": [[1, 2, 3, 4]],
@@ -421,7 +425,7 @@ OWN: list[dict[str, Any]] = [
     {"path": "d.png", "label": None, "boxes": [[1, 1, 2, 2]]},
 ]
 OWN_SCHEMA = {
-    **{name: tables.MANIFEST[name] for name in ("path", "label", "id", "origin", "boxes", "caption", "objects")},
+    **{name: tables.MANIFEST[name] for name in ("path", "label", "id", "origin", "boxes", "captions", "objects")},
     **{name: tables.MANIFEST[name] for name in ("tags", "tag_boxes", "width", "height")},
     "planted_repeats": pl.Int64,
 }
@@ -455,7 +459,7 @@ def test_own_file_rows(tmp_path: Path, ending: str) -> None:
     assert {name: one[name] for name in OWN[0]} == OWN[0]
     assert manifest.rows.select("id", "path", "origin", "label", "boxes", "status").rows() == [
         ("c.png", "c.png", "train", "cat", None, "no_annotation"),
-        ("d.png", "d.png", "train", None, [[1, 1, 2, 2]], "no_label"),
+        ("d.png", "d.png", "train", None, [[1, 1, 2, 2]], "ok"),
         ("one", "a.png", "train", "dog", [[10, 20, 50, 60], [0, 0, 5, 5]], "ok"),
         ("two", "b.png", "val", "007", [], "ok"),
     ]
@@ -473,7 +477,7 @@ def test_own_file_with_the_required_columns_alone(tmp_path: Path) -> None:
     manifest = ManifestFile(csv(tmp_path, "\ufefflabel,path\ndog,a.png\n , b.png \n")).manifest()
     assert manifest.rows.select("id", "path", "origin", "label", "boxes", "status").rows() == [
         ("a.png", "a.png", "train", "dog", None, "no_annotation"),
-        ("b.png", "b.png", "train", None, None, "no_label"),
+        ("b.png", "b.png", "train", None, None, "no_annotation"),
     ]
 
 
@@ -537,8 +541,7 @@ def test_own_names_tags_and_sizes_that_do_not_parse(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("path,class,size\na.png,dog,3\n", "missing column label; there are: path, class, size"),
-        ("image\na.png\n", "missing column path, label; there are: image"),
+        ("image,label\na.png,dog\n", "missing column path; there are: image, label"),
         ("path,label,id\na.png,x,7\nb.png,x,7\nc.png,x,8\n", "1 values of id occur more than once, e.g. 7;"),
         ("path,label\na.png,x\na.png,y\n", "no column id, so the path is the id.*a.png"),
         ("path,label\n,x\na.png,y\n", "1 rows have no path, e.g. row 1"),

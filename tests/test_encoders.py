@@ -31,6 +31,7 @@ from dejavu_exp.encoders import (
     TimmEncoder,
     ZeroShotEncoder,
     checkpoints,
+    open_clip_models,
     weights,
 )
 from dejavu_exp.errors import ConfigError, WeightsError
@@ -427,6 +428,11 @@ def tiny_clip(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         "tiny": CLIP,
         "tiny-quickgelu": {**CLIP, "quick_gelu": True},
         "tiny-custom": {**CLIP, "custom_text": True},
+        "tiny-last": {
+            **CLIP,
+            "custom_text": True,
+            "text_cfg": {**TEXT, "pool_type": "last", "no_causal_mask": True},
+        },
         "tiny-siglip": {**CLIP, "custom_text": True, "init_logit_bias": -10},
         "tiny-wide": {**CLIP, "embed_dim": 24},
         "tiny-coca": {
@@ -594,6 +600,164 @@ def test_zero_shot_is_the_softmax_over_the_vocabulary(tiny_clip: pytest.MonkeyPa
     assert loaded.module(torch.zeros(1, 3, 32, 32)).sum().item() == pytest.approx(1)
     other = ZeroShotEncoder("tiny", None, path, str(vocabulary), "{}").load()
     assert other.weights_hash != loaded.weights_hash
+
+
+# The text tower
+
+CAPTIONS = ["a dog", "", "<p>two &amp; three</p>", "a red bus on a wet street " * 400]
+
+
+def texts_of(encoder: LoadedEncoder) -> Tensor:
+    tower = encoder.reading("texts")
+    transform: Any = pickle.loads(pickle.dumps(tower.transform))
+    with torch.no_grad():
+        output: Tensor = tower.module(transform(CAPTIONS))
+    assert not tower.module.training
+    assert not any(parameter.requires_grad for parameter in tower.module.parameters())
+    return output
+
+
+@pytest.mark.parametrize("arch", ["tiny", "tiny-quickgelu", "tiny-custom", "tiny-last", "tiny-coca"])
+def test_the_text_tower_gives_encode_text(arch: str, tiny_clip: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = clip(arch)
+    encoder = OpenClipEncoder(arch, None, saved(model.state_dict(), tmp_path / "clip.safetensors"))
+    loaded = encoder.load()
+    with torch.no_grad():
+        wanted = model.encode_text(open_clip.get_tokenizer("tiny")(CAPTIONS), normalize=False)
+    torch.testing.assert_close(texts_of(loaded), wanted)
+    # The image half is whole beside it.
+    torch.testing.assert_close(run(loaded, 32), expected(lambda x: model.encode_image(x, normalize=False), 32))
+    tower = loaded.reading("texts")
+    assert not [name for name in tower.module.state_dict() if "visual" in name or "text_decoder" in name]
+    assert tower is loaded.reading("texts")
+    assert tower.weights_hash == encoder.load().reading("texts").weights_hash != loaded.weights_hash
+    assert (tower.reads, tower.weights, tower.random) == ("texts", "file clip.safetensors", False)
+    assert tower.description == f"open_clip {arch}, text tower"
+    assert "SimpleTokenizer, 49408 tokens" in tower.transform_text
+    assert "context length 77" in tower.transform_text
+
+
+def test_the_text_hash_follows_the_text_tower_alone(tiny_clip: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = clip("tiny")
+    first = OpenClipEncoder("tiny", None, saved(model.state_dict(), tmp_path / "first.pt")).load()
+    with torch.no_grad():
+        model.visual.proj += 1
+    second = OpenClipEncoder("tiny", None, saved(model.state_dict(), tmp_path / "second.pt")).load()
+    assert first.reading("texts").weights_hash == second.reading("texts").weights_hash
+    assert first.weights_hash != second.weights_hash
+    with torch.no_grad():
+        model.text_projection += 1
+    third = OpenClipEncoder("tiny", None, saved(model.state_dict(), tmp_path / "third.pt")).load()
+    assert second.reading("texts").weights_hash != third.reading("texts").weights_hash
+    assert second.weights_hash == third.weights_hash
+
+
+def test_a_missing_tokenizer_keeps_no_image_from_being_embedded(tiny_clip: pytest.MonkeyPatch) -> None:
+    tiny_clip.setitem(
+        open_clip.factory._MODEL_CONFIGS,
+        "tiny-hf",
+        {**CLIP, "text_cfg": {**TEXT, "hf_tokenizer_name": "nobody/no-tokenizer"}},
+    )
+    loaded = OpenClipEncoder("tiny-hf", None, "random").load()
+    assert run(loaded, 32).shape == (2, 16)
+    with pytest.raises(WeightsError, match=r"model.arch=tiny-hf: its tokenizer cannot be had"):
+        loaded.reading("texts")
+
+
+# Architectures of one's own
+
+OWN: dict[str, Any] = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": {"width": 32, "heads": 2, "layers": 1}}
+
+
+def test_an_architecture_of_ones_own_is_built_saved_and_loaded_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        model: Any = open_clip_models.build_clip("small", OWN, seed=3)
+        path = saved(built(lambda: model).state_dict(), tmp_path / "small.safetensors")
+        loaded = OpenClipEncoder("small", weights=path, arch_config=OmegaConf.create(OWN)).load()
+    assert not caplog.records
+    model.eval()
+    torch.testing.assert_close(run(loaded, 32), expected(model.encode_image, 32), rtol=0, atol=0)
+    tokens: Any = open_clip_models.tokenizer_of("small", OWN)
+    with torch.no_grad():
+        torch.testing.assert_close(texts_of(loaded), model.encode_text(tokens(CAPTIONS)))
+    assert loaded.description.startswith("open_clip small (own architecture ")
+    assert str(tmp_path) not in loaded.description
+    assert loaded.transform_text == open_clip_models.transform_of(model)[1]
+
+
+def test_what_no_tensor_shows_of_an_own_architecture_is_in_its_description(tmp_path: Path) -> None:
+    heads = {**OWN, "text_cfg": {**OWN["text_cfg"], "heads": 4}}
+    first, second = (
+        OpenClipEncoder("small", weights="random", arch_config=config).load().reading("texts")
+        for config in (OWN, heads)
+    )
+    assert first.weights_hash == second.weights_hash
+    assert first.description != second.description
+
+
+def test_random_weights_of_an_own_architecture_follow_the_seed() -> None:
+    def state(seed: int) -> State:
+        return open_clip_models.build_clip("small", OWN, seed).state_dict()
+
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    assert all(torch.equal(value, state(3)[name]) for name, value in state(3).items())
+    assert not torch.equal(state(3)["text_projection"], state(4)["text_projection"])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_zero_shot_works_with_an_architecture_of_ones_own(tmp_path: Path) -> None:
+    vocabulary = tmp_path / "words.txt"
+    vocabulary.write_text("red sky\nsnow\n")
+    loaded = ZeroShotEncoder("small", None, "random", str(vocabulary), arch_config=OWN).load()
+    assert loaded.classes == ("red sky", "snow")
+    assert run(loaded, 32).shape == (2, 2)
+
+
+def test_preprocessing_can_be_changed(tiny_clip: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = saved(clip("tiny").state_dict(), tmp_path / "clip.pt")
+    publish(tiny_clip, "tiny", "tag", file=path, mean=(0.3, 0.3, 0.3), std=(0.2, 0.2, 0.2))
+    change = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0], "resize_mode": "squash"}
+    image = Image.new("RGB", (128, 32))
+    image.paste((255, 255, 255), (64, 0, 128, 32))
+    transforms = set()
+    for tag, source in (("tag", "hub"), ("tag", path), (None, path)):
+        loaded = OpenClipEncoder("tiny", tag, source, preprocess=change).load()
+        found = loaded.transform(image)
+        torch.testing.assert_close(found[:, :, :14], torch.zeros(3, 32, 14))
+        torch.testing.assert_close(found[:, :, 18:], torch.ones(3, 32, 14))
+        transforms.add(loaded.transform_text)
+    assert len(transforms) == 1
+    half = OpenClipEncoder("tiny", "tag", path, preprocess={"std": (1.0, 1.0, 1.0)}).load()
+    assert "0.3" in half.transform_text
+    with pytest.raises(ConfigError, match=r"model\.preprocess\.size: must be one of mean, std"):
+        OpenClipEncoder("tiny", "tag", preprocess={"size": 64}).check()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embed_dims": 16}, r"model\.arch_config\.embed_dims: open_clip knows no such key"),
+        ({"vision_cfg": {**VISION, "depth": 2}}, r"model\.arch_config\.vision_cfg\.depth: open_clip knows no such key"),
+        ({"vision_cfg": 3}, r"model\.arch_config\.vision_cfg=3: must be a mapping"),
+        ({"text_cfg": {"vocab_size": 1000}}, r"model\.arch_config\.text_cfg\.vocab_size=1000"),
+        ({"text_cfg": {"hf_tokenizer_name": "bert-base-uncased"}}, "has open_clip's tokenizer"),
+    ],
+)
+def test_a_bad_architecture_is_found_by_check(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OpenClipEncoder("small", weights="random", arch_config={**OWN, **change}).check()
+
+
+def test_an_own_architecture_has_no_published_weights_and_must_be_whole() -> None:
+    with pytest.raises(ConfigError, match="no published weights"):
+        OpenClipEncoder("small", arch_config=OWN).check()
+    with pytest.raises(ConfigError, match=r"model\.arch_config\.text_cfg is missing"):
+        OpenClipEncoder("small", weights="random", arch_config={"embed_dim": 16, "vision_cfg": VISION}).check()
+    with pytest.raises(ConfigError, match=r"model\.arch_config: open_clip cannot build it"):
+        open_clip_models.build_clip("small", {**OWN, "text_cfg": {"width": 32, "heads": 5, "layers": 1}})
 
 
 def test_vocabularies_are_checked(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Extraction: cache, resumption, damage, bad images, bad numbers, a full disk."""
+"""Extraction: cache, resumption, damage, bad images, bad numbers, a full disk; images and texts."""
 
 import io
 import os
@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dejavu_exp import extract, provenance, tables
+from dejavu_exp import extract, progress, provenance, tables
 from dejavu_exp.datasets.stores import MemoryStore
-from dejavu_exp.encoders import LoadedEncoder
+from dejavu_exp.encoders import CharNgramEncoder, LoadedEncoder
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.extract import Extractor
 
@@ -60,6 +60,8 @@ def images(count: int, broken: int | None = None) -> tuple[pl.DataFrame, MemoryS
             "label": "x",
             "path": names,
             "content": [provenance.hash_bytes(content) for content in files.values()],
+            "truth": None,
+            "texts": None,
             "xmin": 0,
             "ymin": 0,
             "xmax": 8,
@@ -212,3 +214,167 @@ def test_worker_processes_give_the_same_numbers(extractor: Extractor, tmp_path: 
 def test_bad_settings_name_their_key(tmp_path: Path, key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"trainer\.{key}={value}"):
         Extractor(tmp_path, **{key: value})
+
+
+# Texts
+
+
+class Spread(nn.Module):
+    """A vector that tells a number: (number, 2 number + 1); and how often it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+        self.calls += 1
+        return torch.stack([tokens["number"], 2 * tokens["number"] + 1], dim=1).float()
+
+
+def to_numbers(texts: list[str]) -> dict[str, torch.Tensor]:
+    """Integers, as tokens are; without a batch's padding, as a text's embedding must not depend on its neighbours."""
+    return {"number": torch.tensor([int(text or "0") for text in texts])}
+
+
+def text_encoder(module: nn.Module | None = None) -> LoadedEncoder:
+    return LoadedEncoder(
+        module or Spread(), to_numbers, "numbers", "none", "0", "as it is", random=False, reads="texts"
+    )
+
+
+def captions(texts: list[list[str] | None]) -> pl.DataFrame:
+    names = [f"{index:04d}" for index in range(len(texts))]
+    return pl.DataFrame(
+        {
+            **dict.fromkeys(tables.VIEWS),
+            "view_id": [f"{name}#caption" for name in names],
+            "id": names,
+            "view": "caption",
+            "texts": texts,
+            "status": "ok",
+        },
+        schema=dict(tables.VIEWS),
+    )
+
+
+NOTHING = MemoryStore({})
+
+
+def unit(number: int) -> np.ndarray[Any, Any]:
+    vector = np.array([number, 2 * number + 1], dtype=np.float32)
+    return np.asarray(vector / np.linalg.norm(vector))
+
+
+def test_a_view_of_one_text_has_its_embedding_and_one_of_several_the_mean_of_unit_vectors(extractor: Extractor) -> None:
+    texts: list[list[str] | None] = [["3"], ["1", "4", "1"], [""], ["5", "9"], *([str(n)] for n in range(17))]
+    views = captions(texts).sample(fraction=1.0, shuffle=True, seed=3)
+    found = extractor.embed(text_encoder(), views, NOTHING)
+    expected = {
+        "0000": np.array([3, 7]),
+        "0001": (unit(1) + unit(4) + unit(1)) / 3,
+        "0002": np.array([0, 1]),
+        "0003": (unit(5) + unit(9)) / 2,
+    } | {f"{n + 4:04d}": np.array([n, 2 * n + 1]) for n in range(17)}
+    np.testing.assert_allclose(found.values, np.array([expected[name] for name in views["id"]]), rtol=1e-6)
+    assert found.readable.all()
+    assert len(shard_files(extractor)) == 3
+
+
+def test_texts_are_cached_by_what_they_say(extractor: Extractor) -> None:
+    views = captions([[str(n)] for n in range(21)])
+    module = Spread()
+    first = extractor.embed(text_encoder(module), views, NOTHING)
+    calls = module.calls
+    elsewhere = views.with_columns(path=pl.lit("moved.png"), content=pl.lit("1"), role=pl.lit("target"))
+    second = extractor.embed(text_encoder(module), elsewhere.reverse(), NOTHING)
+    assert module.calls == calls
+    assert (second.values == first.values[::-1]).all()
+    changed = captions([["7"], *([str(n)] for n in range(1, 21))])
+    assert extractor.embed(text_encoder(module), changed, NOTHING).values[0].tolist() == [7, 15]
+    other = replace(text_encoder(module), transform_text="another tokenizer")
+    extractor.embed(other, views, NOTHING)
+    assert module.calls == 3 * calls
+
+
+def test_a_killed_run_over_texts_goes_on_where_it_stopped(extractor: Extractor) -> None:
+    class Killed(Spread):
+        def forward(self, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
+            if self.calls == 4:
+                raise KeyboardInterrupt
+            return super().forward(tokens)
+
+    views = captions([[str(n), str(n)] for n in range(21)])
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        extractor.embed(text_encoder(Killed()), views, NOTHING)
+    assert len(shard_files(extractor)) == 2
+    module = Spread()
+    found = extractor.embed(text_encoder(module), views, NOTHING)
+    assert module.calls == 2
+    np.testing.assert_allclose(found.values, [unit(n) for n in range(21)], rtol=1e-6)
+
+
+def test_worker_processes_give_the_same_numbers_for_texts(extractor: Extractor, tmp_path: Path) -> None:
+    views = captions([[str(n)] if n % 3 else [str(n), "8"] for n in range(41)])
+    alone = extractor.embed(text_encoder(), views, NOTHING)
+    together = replace(extractor, cache=tmp_path / "other", workers=2).embed(text_encoder(), views, NOTHING)
+    assert (alone.values == together.values).all()
+
+
+def test_long_and_marked_up_captions_are_embedded_like_any_other(extractor: Extractor) -> None:
+    texts = ["a dog " * 2000, "<p>a <b>dog</b> &amp; a cat</p>", "", "a dog"]
+    views = captions([[text] for text in texts])
+    found = extractor.embed(CharNgramEncoder(dimensions=64).load(), views, NOTHING)
+    np.testing.assert_allclose(np.linalg.norm(found.values, axis=1), [1, 1, 0, 1], rtol=1e-6)
+    np.testing.assert_allclose(found.values[0], found.values[3], atol=1e-6)
+
+
+def test_an_encoder_of_both_embeds_what_the_views_show(extractor: Extractor) -> None:
+    asked = []
+
+    def tower() -> LoadedEncoder:
+        asked.append(1)
+        return text_encoder()
+
+    both = replace(encoder(), text=tower)
+    pictures, store = images(3)
+    assert extractor.embed(both, pictures, store).values.shape == (3, 3)
+    assert not asked
+    for number in ("3", "4"):
+        found = extractor.embed(both, captions([[number]]), NOTHING)
+        assert found.values.tolist() == [[int(number), 2 * int(number) + 1]]
+    assert len(asked) == 1
+
+
+def test_what_an_encoder_cannot_embed_is_refused(extractor: Extractor) -> None:
+    pictures, store = images(3)
+    with pytest.raises(ConfigError, match="mean colour cannot embed texts"):
+        extractor.embed(encoder(), captions([["1"]]), NOTHING)
+    with pytest.raises(ConfigError, match="numbers cannot embed images"):
+        extractor.embed(text_encoder(), pictures, store)
+    with pytest.raises(ValueError, match="1 of 2 views have no texts"):
+        extractor.embed(text_encoder(), captions([["1"], None]), NOTHING)
+    with pytest.raises(ValueError, match="0001#caption: a view of texts must have one or more"):
+        extractor.embed(text_encoder(), captions([["1"], []]), NOTHING)
+
+
+@pytest.mark.parametrize("loaded", [encoder(), text_encoder()])
+def test_no_views_are_no_embeddings(extractor: Extractor, loaded: LoadedEncoder) -> None:
+    found = extractor.embed(loaded, captions([]), NOTHING)
+    assert found.view_ids == ()
+    assert len(found.values) == 0
+
+
+@pytest.mark.parametrize(("views", "unit_shown"), [(captions([["1"]]), "text"), (images(1)[0], "img")])
+def test_the_bar_says_what_it_counts(
+    extractor: Extractor, monkeypatch: pytest.MonkeyPatch, views: pl.DataFrame, unit_shown: str
+) -> None:
+    seen = []
+    shown = progress.bar
+
+    def look(*arguments: Any, **more: Any) -> Any:
+        seen.append(more["unit"])
+        return shown(*arguments, **more)
+
+    monkeypatch.setattr(progress, "bar", look)
+    extractor.embed(replace(encoder(), text=text_encoder), views, images(1)[1])
+    assert seen == [unit_shown]

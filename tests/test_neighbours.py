@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 from dejavu_exp import neighbours
@@ -64,3 +65,45 @@ def test_blocks_do_not_change_the_votes(monkeypatch: Any) -> None:
     parts = neighbours.vote(ids, codes, labels)
     assert (whole.ranking == parts.ranking).all()
     assert (whole.probabilities == parts.probabilities).all()
+
+
+def test_each_neighbour_votes_once_for_everything_that_it_carries() -> None:
+    truth = pl.Series([["cat", "sofa", "cat"], [], ["dog"], ["cat", "dog"]])
+    near = neighbours.Neighbours(np.array([[3, 0, 1], [1, 1, 1]]), np.array([[0.5, 1, 2], [3, 3, 3]], np.float32))
+    found = neighbours.infer(["q", "r"], near, truth, ["cat", "dog", "sofa"])
+    np.testing.assert_allclose(found.probabilities[0], [2 / 3, 1 / 3, 1 / 3])
+    assert found.ranking[0].tolist() == [0, 1, 2], "dog is carried by the nearer of the two"
+    assert found.ranking[1].tolist() == [-1, -1, -1]
+    assert found.probabilities[1].tolist() == [0, 0, 0]
+    assert found.confidence[1] == -np.log(3)
+    assert found.distance is not None
+    assert found.distance.tolist() == [0.5, 3.0]
+
+
+def test_sets_of_one_label_vote_as_labels_do() -> None:
+    rng = np.random.default_rng(1)
+    codes, positions = rng.integers(0, 7, 300), rng.integers(0, 300, (500, 20))
+    labels = [f"l{number}" for number in range(7)]
+    near = neighbours.Neighbours(positions, np.zeros(positions.shape, np.float32))
+    ids = [str(number) for number in range(500)]
+    ties: Any
+    for ties in ("nearest", "lowest_label"):
+        sets = neighbours.infer(ids, near, pl.Series([[labels[code]] for code in codes]), labels, ties)
+        plain = neighbours.vote(ids, codes[positions], labels, ties)
+        for field in ("probabilities", "ranking", "confidence", "tied"):
+            np.testing.assert_array_equal(getattr(sets, field), getattr(plain, field))
+
+
+def test_many_blocks_count_like_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(2)
+    truth = pl.Series([rng.choice(["a", "b", "c", "d"], rng.integers(0, 4)).tolist() for _ in range(50)])
+    near = neighbours.Neighbours(rng.integers(0, 50, (40, 6)), np.zeros((40, 6), np.float32))
+    whole = neighbours.infer([str(n) for n in range(40)], near, truth, ["a", "b", "c", "d"])
+    counts = [
+        [np.mean([label in truth[int(place)] for place in row]) for label in "abcd"] for row in near.positions.tolist()
+    ]
+    np.testing.assert_allclose(whole.probabilities, counts, atol=1e-7)
+    monkeypatch.setattr(neighbours, "QUERY_BLOCK", 7)
+    parts = neighbours.infer([str(n) for n in range(40)], near, truth, ["a", "b", "c", "d"])
+    np.testing.assert_array_equal(whole.ranking, parts.ranking)
+    np.testing.assert_array_equal(whole.probabilities, parts.probabilities)

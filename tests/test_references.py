@@ -27,6 +27,7 @@ def views(rows: list[tuple[str, str, str]]) -> pl.DataFrame:
         [
             {"view_id": f"{row_id}#b", "id": row_id, "view": "b", "role": role, "label": label, "path": row_id}
             | {"content": "", "xmin": 0, "ymin": 0, "xmax": 8, "ymax": 8, "status": "ok", "detail": None}
+            | {"truth": [label], "texts": None}
             for row_id, role, label in rows
         ],
         schema=dict(tables.VIEWS),
@@ -39,7 +40,7 @@ def inputs(
     rows = pl.DataFrame(
         [
             {"id": row_id, "path": row_id, "origin": "train", "label": "x", "tags": found, "status": "ok"}
-            | dict.fromkeys(("width", "height", "boxes", "caption", "objects", "tag_boxes", "detail"))
+            | dict.fromkeys(("width", "height", "boxes", "captions", "objects", "tag_boxes", "detail"))
             for row_id, found in tags.items()
         ],
         schema=dict(tables.MANIFEST),
@@ -51,6 +52,7 @@ def inputs(
     return ReferenceInputs(
         queries=asked,
         bank=asked.clear(),
+        rows=rows,
         probe=KnnProbe(query=None, bank=None),
         encoder=nothing,
         training=nothing,

@@ -13,8 +13,8 @@ from PIL import Image
 from rich.console import Console
 
 from dejavu_exp import agreement, evidence, report
-from dejavu_exp.report import html, plots, terminal
-from dejavu_exp.report.gallery import GalleryItem, NearImage
+from dejavu_exp.report import html, plots, terminal, wording
+from dejavu_exp.report.gallery import LabelItem, NearImage, Seen
 from dejavu_exp.scoring import LabelInference
 
 HOSTILE = "<script>alert('x')</script>"
@@ -59,13 +59,14 @@ def figures(n_unseen: int = 60, *, random: bool = False) -> tuple[dict[str, Any]
         "title": f"encoder {HOSTILE}",
         "verdict": "the verdict",
         "headline": "naive_bayes",
+        "infers": "label",
         "notes": [f"a note {HOSTILE}"],
         "problems": ["a file could not be read"],
         "encoder": {"description": "an encoder", "weights": "a file", "weights_hash": "abc", "random": random},
         "dataset": {"name": "toy", "rows": 140, "labels": 2},
         "probe": {
-            "view": "background", "k": 5, "metric": "l2", "ties": "nearest", "bank": 50, "bank_excluded": 0,
-            "tied": 0.1,
+            "view": "background", "bank_view": "full", "k": 5, "metric": "l2", "ties": "nearest", "bank": 50,
+            "bank_excluded": 0, "tied": 0.1,
         },
         "counts": {"target": used, "unseen": empty, "heldout": empty, "public": empty, "shared": empty},
         "references": {"naive_bayes": found},
@@ -73,10 +74,18 @@ def figures(n_unseen: int = 60, *, random: bool = False) -> tuple[dict[str, Any]
     }, scores  # fmt: skip
 
 
-def item() -> GalleryItem:
-    near = NearImage(picture(), HOSTILE, HOSTILE, 1.5)
-    return GalleryItem(
-        HOSTILE, HOSTILE, HOSTILE, 0.5, "b", 0.9, "b", 0.1, picture(), picture(), (0.1, 0.2, 0.6, 0.8), (near,)
+def item(**seen: Any) -> LabelItem:
+    shown = {"crop": picture(), "region": (0.1, 0.2, 0.6, 0.8), **seen}
+    return LabelItem(
+        id=HOSTILE,
+        label_name=HOSTILE,
+        score=0.5,
+        target_label="b",
+        target_probability=0.9,
+        reference_label="b",
+        reference_probability=0.1,
+        seen=Seen(picture(), **shown),
+        neighbours=(NearImage(picture(), (HOSTILE,), (), 1.5, same=True),),
     )
 
 
@@ -161,7 +170,7 @@ def test_the_report_shows_the_figures_and_runs_nothing() -> None:
         for value in row.values():
             assert value in text
     found = facts["references"]["naive_bayes"]
-    assert terminal.percent(found["roles"]["unseen"]["quadrants"]["memorized"]) in text
+    assert wording.percent(found["roles"]["unseen"]["quadrants"]["memorized"]) in text
     assert "3 too_small" in text
     for sentence in ("the verdict", "a file could not be read", "the verdict of the reference"):
         assert sentence in text
@@ -229,7 +238,7 @@ def test_comparisons_without_all_rows_have_a_report(tmp_path: Path) -> None:
     assert "mean gap of both directions, top 1, surest 20 %" in text
     stream = io.StringIO()
     terminal.show(facts, tmp_path, Console(file=stream, width=120))
-    assert terminal.percent(facts["agreement"]["pairs"][0]["target"]["20"]) in stream.getvalue()
+    assert wording.percent(facts["agreement"]["pairs"][0]["target"]["20"]) in stream.getvalue()
 
 
 def test_the_rows_behind_each_figure_are_told() -> None:
@@ -250,9 +259,9 @@ def test_what_references_agree_on_is_told_and_escaped() -> None:
         assert f"{pair['first']} − {pair['second']}" in text
         assert f"{pair['first']}, {pair['second']}" in text
         for kind, fraction in itertools.product(("target", "unseen", "corrected"), ("100", "20", "5")):
-            assert terminal.percent(pair[kind][fraction]) in text
+            assert wording.percent(pair[kind][fraction]) in text
         for measure in agreement.MEASURES:
-            assert terminal.coefficient(pair[measure]) in text
+            assert wording.coefficient(pair[measure]) in text
     described = [text for text in page.descriptions if "kappa" in text]
     assert len(described) == 1
     assert all(title in described[0] for title in plots.MEASURES.values())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dejavu_exp import splits, tables
 from dejavu_exp.errors import ConfigError, DataError
-from dejavu_exp.splits import AuthorsSplit, NpySplit, PerClassSplit
+from dejavu_exp.splits import AuthorsSplit, NpySplit, OriginSplit, PerClassSplit, RandomSplit
 from dejavu_exp.tables import Role, Status
 
 
@@ -106,16 +106,12 @@ def test_unseen_from_the_same_origin(public: int | None, unseen: int | None, exp
 def test_unusable_rows_get_no_role() -> None:
     number = pl.int_range(pl.len())
     rows = manifest({"cat": (12, 4)}).with_columns(
-        status=pl.when(number == 0)
-        .then(pl.lit("unreadable"))
-        .when(number == 1)
-        .then(pl.lit("no_label"))
-        .otherwise("status"),
-        label=pl.when(number == 2).then(None).otherwise("label"),
+        status=pl.when(number == 0).then(pl.lit("unreadable")).otherwise("status"),
+        label=pl.when(number == 1).then(None).otherwise("label"),
     )
     split = PerClassSplit(3, 4, 0, None, 0, min_side_px=8)
     roles = split.assign(rows, seed=0)
-    assert set(rows["id"][3:]) == set(roles["id"])
+    assert set(rows["id"][2:]) == set(roles["id"])
 
 
 def test_too_few_boxes_are_shared_out_and_reported() -> None:
@@ -171,6 +167,99 @@ def test_authors_split_reports_a_small_training_set() -> None:
     roles = split.assign(manifest({"cat": (7, 2)}), seed=0)
     assert counts(roles, "cat") == (3, 3, 2, 1, 0)
     assert split.report(roles)[-1].startswith("target + shared: 1 of 1 classes have fewer than the 8")
+
+
+def pairs(origin: str, count: int) -> pl.DataFrame:
+    """Rows of image-caption pairs: no label, no boxes."""
+    return manifest({"": (0, count)}, origin).with_columns(label=pl.lit(None, dtype=pl.String))
+
+
+PAIRS = pl.concat([pairs("train", 30), pairs("val", 12)])
+
+
+def sizes(roles: pl.DataFrame) -> dict[str, int]:
+    return dict(roles.group_by("role").len().iter_rows())
+
+
+def test_an_origin_gives_all_its_rows_one_role() -> None:
+    lost = PAIRS.with_columns(
+        status=pl.when(pl.int_range(pl.len()) == 3).then(pl.lit("unreadable")).otherwise("status")
+    )
+    split = OriginSplit("train", None, None, "val", None, 8)
+    roles = split.assign(lost, seed=0)
+    assert ids(roles, Role.TARGET) == set(PAIRS["id"][:30]) - {PAIRS["id"][3]}
+    assert ids(roles, Role.PUBLIC) == set(PAIRS["id"][30:])
+    assert roles["label"].null_count() == len(roles)
+    assert roles["id"].is_sorted()
+    assert split.report(roles) == []
+
+
+def test_labels_are_kept_where_there_are_some() -> None:
+    roles = OriginSplit("train", None, None, "val", None, 8).assign(ROWS, seed=0)
+    assert roles.equals(roles.drop("label").join(ROWS, on="id", maintain_order="left").select(roles.columns))
+
+
+def test_the_limits_of_origins_are_drawn_by_the_seed() -> None:
+    split = OriginSplit("train", None, None, "val", None, 8, {"target": 5, "public": 40, "heldout": None})
+    roles = split.assign(PAIRS, seed=0)
+    assert sizes(roles) == {"target": 5, "public": 12}
+    assert split.assign(PAIRS.reverse(), seed=0).equals(roles)
+    assert ids(split.assign(PAIRS, seed=1), Role.TARGET) != ids(roles, Role.TARGET)
+    assert split.report(roles) == ["public: origin val has 12 images, split.limits.public is 40."]
+
+
+def test_random_roles_have_their_sizes_whatever_the_listing() -> None:
+    split = RandomSplit(target=10, heldout=6, shared=5, public=12, unseen=9, min_side_px=8)
+    roles = split.assign(PAIRS, seed=0)
+    assert sizes(roles) == {"target": 10, "heldout": 6, "shared": 5, "public": 12, "unseen": 9}
+    assert roles["id"].is_unique().all()
+    assert split.assign(PAIRS.sample(fraction=1.0, shuffle=True, seed=5), seed=0).equals(roles)
+    assert ids(split.assign(PAIRS, seed=1), Role.TARGET) != ids(roles, Role.TARGET)
+    assert split.report(roles) == []
+
+
+@pytest.mark.parametrize(
+    ("fit", "unseen", "expected"),
+    [
+        ("train", "val", {"target": 10, "public": 20, "unseen": 4}),
+        (None, "val", {"target": 10, "public": 20, "unseen": 4}),
+        ("train", "train", {"target": 10, "public": 16, "unseen": 4}),
+        ("train", None, {"target": 10, "public": 16, "unseen": 4}),
+        (None, None, {"target": 10, "public": 28, "unseen": 4}),
+    ],
+)
+def test_the_pools_of_random_roles(fit: str | None, unseen: str | None, expected: dict[str, int]) -> None:
+    split = RandomSplit(10, 0, 0, None, 4, 8, fit_origin=fit, unseen_origin=unseen)
+    roles = split.assign(PAIRS, seed=0).join(PAIRS.select("id", "origin"), on="id")
+    assert sizes(roles) == expected
+    if unseen == "val":
+        assert set(roles.filter(pl.col("origin") == "val")["role"]) == {Role.UNSEEN}
+    elif fit == "train":
+        assert set(roles["origin"]) == {"train"}
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        (
+            RandomSplit(30, 0, 5, 10, 2, 8),
+            r"asks for 47 images \(target 30 \+ shared 5 \+ public 10 \+ unseen 2\), but there are 42 .* train, val\. "
+            r"Lower split\.target, split\.shared, split\.public, split\.unseen\.",
+        ),
+        (
+            RandomSplit(30, 0, 0, None, 0, 8, "train"),
+            r"31 images \(target 30 \+ public 1\), .* 30 .* of origin train\.",
+        ),
+        (RandomSplit(5, 0, 0, 5, 13, 8, "train", "val"), r"13 images \(unseen 13\), but there are 12 .*origin val\."),
+        (RandomSplit(5, 0, 0, 5, 1, 8, "all"), r"split\.fit_origin=all: .* no readable image .* are: train, val"),
+        (RandomSplit(5, 0, 0, 5, 1, 8, "train", "test"), r"unseen_origin=test: .*or ask for no unseen images"),
+        (OriginSplit("all", None, None, "val", None, 8), r"split\.target=all: .* no readable image .* are: train, val"),
+        (OriginSplit("train", None, None, "val", "test", 8), r"split\.unseen=test: .*or ask for no unseen images"),
+    ],
+)
+def test_pools_that_are_too_small_or_absent_are_named(split: splits.Split, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        split.assign(PAIRS, seed=0)
 
 
 COUNT = st.integers(0, 12)
@@ -285,6 +374,20 @@ def test_missing_index_files_are_named(tmp_path: Path) -> None:
         (lambda: AuthorsSplit(0, 0, 8), r"split\.num_per_class=0"),
         (lambda: AuthorsSplit(5, None, 8, unseen_origin="train"), r"split\.unseen_origin=train"),
         (lambda: NpySplit(None, None, None, None, None, 8, unseen_origin="train"), r"split\.unseen=null"),
+        (lambda: OriginSplit("train", None, None, "val", None, 0), r"split\.min_side_px=0"),
+        (lambda: OriginSplit("train", None, None, "train", None, 8), r"split\.target and split\.public are both train"),
+        (lambda: OriginSplit("train", "b", "b", "val", None, 8), r"split\.heldout and split\.shared are both b"),
+        (lambda: OriginSplit("train", None, None, None, None, 8), r"split\.public=null"),  # type: ignore[arg-type]
+        (lambda: OriginSplit("train", None, None, "val", None, 8, {"target": 0}), r"split\.limits\.target=0"),
+        (lambda: OriginSplit("train", None, None, "val", None, 8, {"target": True}), r"split\.limits\.target=True"),
+        (lambda: OriginSplit("train", None, None, "val", None, 8, {"bank": 5}), r"limits\.bank=5.*target, public"),
+        (lambda: OriginSplit("train", None, None, "val", None, 8, {"unseen": 5}), r"limits\.unseen=5.*target, public"),
+        (lambda: RandomSplit(0, 0, 0, 1, 0, 8), r"split\.target=0"),
+        (lambda: RandomSplit(1, -1, 0, 1, 0, 8), r"split\.heldout=-1"),
+        (lambda: RandomSplit(1, 0, -1, 1, 0, 8), r"split\.shared=-1"),
+        (lambda: RandomSplit(1, 0, 0, 0, 0, 8), r"split\.public=0"),
+        (lambda: RandomSplit(1, 0, 0, 1, -1, 8), r"split\.unseen=-1"),
+        (lambda: RandomSplit(1, 0, 0, 1, 0, 0), r"split\.min_side_px=0"),
     ],
 )
 def test_bad_splits_are_refused(build: Callable[[], object], message: str) -> None:

@@ -89,7 +89,7 @@ def tinted() -> Data:
         file = io.BytesIO()
         Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(file, "PNG")
         files[str(index)] = file.getvalue()
-        rows.append((f"{index:02}", str(index), str(index), 0, 0, 48, 48, index % 2, index % 8 == 0))
+        rows.append((f"{index:02}", str(index), str(index), 0, 0, 48, 48, index % 2, index % 8 == 0, None))
     return pl.DataFrame(rows, schema=TRAINING_VIEWS, orient="row"), Memory(files)
 
 
@@ -123,6 +123,7 @@ class Together:
     optimizer: Optimizer
 
     supervised = False
+    libraries = ()
     projector_layers = 0
 
     def projector(self, width: int) -> nn.Module:
@@ -130,6 +131,9 @@ class Together:
 
     def augment(self, config: Mapping[str, Any], *, validation: bool = False) -> Any:
         return AllViews(tuple(part.augment(config) for part in self.parts))
+
+    def caption(self, config: Mapping[str, Any], *, validation: bool = False) -> None:
+        return None
 
     def task(self, network: nn.Module, schedule: Schedule) -> Task:
         tasks = []

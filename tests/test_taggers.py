@@ -1,6 +1,8 @@
 """Taggers on planted scores, boxes and files."""
 
 import json
+import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,15 @@ from omegaconf import OmegaConf
 
 from dejavu_exp import config, tables
 from dejavu_exp.datasets.base import Manifest
+from dejavu_exp.datasets.pickles import read_arrays
 from dejavu_exp.datasets.stores import MemoryStore
-from dejavu_exp.encoders import TimmEncoder, ZeroShotEncoder
+from dejavu_exp.encoders import DetectorEncoder, TimmEncoder, ZeroShotEncoder
 from dejavu_exp.encoders.open_clip_models import read_vocabulary
 from dejavu_exp.errors import ConfigError, DataError, WeightsError
 from dejavu_exp.taggers import (
     BLOCK,
+    AuthorsAnnotations,
+    DatasetObjects,
     DatasetTags,
     PrecomputedTags,
     ScoreTagger,
@@ -46,11 +51,14 @@ def manifest(paths: list[str], **columns: list[Any]) -> Manifest:
     return Manifest("planted", rows, MemoryStore({}))
 
 
-def views(ids: list[str], region: tuple[int, int, int, int] = (0, 0, 64, 64)) -> pl.DataFrame:
+def views(ids: list[str], region: tuple[int, int, int, int] = (0, 0, 64, 64), view: str = "background") -> pl.DataFrame:
     box = dict(zip(("xmin", "ymin", "xmax", "ymax"), region, strict=True))
     return pl.DataFrame(
         [
-            {**dict.fromkeys(tables.VIEWS), "view_id": f"{name}#background", "id": name, "status": "ok", **box}
+            {
+                **dict.fromkeys(tables.VIEWS),
+                **{"view_id": f"{name}#{view}", "id": name, "view": view, "status": "ok", **box},
+            }
             for name in ids
         ],
         schema=dict(tables.VIEWS),
@@ -166,7 +174,9 @@ def test_parquet_by_image_or_by_view(key: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"id": ["a"], "tags": [["x"]]}, "missing column scores"),
+        ({"id": ["a"], "scores": [[1.0]]}, "missing column tags"),
+        ({"id": ["a"], "tags": [[None]]}, "id a needs"),
+        ({"id": ["a"], "tags": [None]}, "another type|id a needs"),
         ({"id": ["a", "a"], "tags": [["x"], ["y"]], "scores": [[1.0], [1.0]]}, "more than once, e.g. a"),
         ({"id": ["a"], "tags": [["x", "y"]], "scores": [[1.0]]}, "id a needs as many scores as tags"),
         ({"id": ["a"], "tags": [["x"]], "scores": [[float("nan")]]}, "id a needs"),
@@ -179,6 +189,15 @@ def test_parquet_is_validated(columns: dict[str, list[Any]], message: str, tmp_p
     with pytest.raises(DataError, match=message) as error:
         tagger.tag(views(["a"]), manifest([]), None, None)
     assert "tags.parquet" in str(error.value)
+
+
+def test_parquet_without_scores_has_the_order_of_its_tags(tmp_path: Path) -> None:
+    tagger = parquet(tmp_path / "tags.parquet", {"id": ["b", "a"], "tags": [["y", "x"], []]})
+    assert found(tagger.tag(views(["a", "b", "c"], view="full"), manifest([]), None, None)) == [
+        ("a#full", [], [], "ok"),
+        ("b#full", ["y", "x"], [1.0, 1.0], "ok"),
+        ("c#full", [], [], "no_evidence"),
+    ]
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path: Path) -> None:
@@ -303,6 +322,225 @@ def test_frequencies_of_every_class_are_needed(tmp_path: Path) -> None:
         read_authors_frequencies(folder / "empty")
 
 
+# Objects of whole images
+
+
+def test_objects_as_annotated_each_once() -> None:
+    data = manifest(["a", "b", "c"], objects=[["dog", "cat", "dog"], None, []])
+    tagger = DatasetObjects()
+    tagger.check()
+    assert tagger.encoder is None
+    assert found(tagger.tag(views(["c", "b", "a", "d"], view="full"), data, None, None)) == [
+        ("c#full", [], [], "ok"),
+        ("b#full", [], [], "no_evidence"),
+        ("a#full", ["dog", "cat"], [1.0, 1.0], "ok"),
+        ("d#full", [], [], "no_evidence"),
+    ]
+
+
+def test_objects_of_crops_or_of_data_sets_without_them_are_refused(tmp_path: Path) -> None:
+    data = manifest(["a"], objects=[["dog"]])
+    mixed = pl.concat([views(["a"], view="full"), views(["a"])])
+    for tagger in (DatasetObjects(), AuthorsAnnotations(str(pickled(tmp_path, [["dog"]])))):
+        with pytest.raises(ConfigError, match="whole image, and a#background is a part of one"):
+            tagger.tag(mixed, data, None, None)
+    with pytest.raises(ConfigError, match="planted names no objects"):
+        DatasetObjects().tag(views(["a"], view="full"), manifest(["a"]), None, None)
+
+
+def pickled(folder: Path, content: Any, protocol: int = 4) -> Path:
+    path = folder / "annotations.pkl"
+    path.write_bytes(pickle.dumps(content, protocol))
+    return path
+
+
+def lines(path: Path, *names: str) -> str:
+    path.write_text("\n".join(names) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_annotations_are_in_the_order_given_or_by_id(tmp_path: Path) -> None:
+    path = str(pickled(tmp_path, [np.array([2, 0, 2]), np.array([], int), [1, "bus"]]))
+    names = lines(tmp_path / "names.txt", "cat", "dog", "red bus")
+    data = manifest(["val/3.jpg", "val/1.jpg", "val/2.jpg"])
+    shown = views(["val/1.jpg", "val/2.jpg", "val/3.jpg"], view="full")
+    tagger = AuthorsAnnotations(path)
+    tagger.check()
+    assert tagger.encoder is None
+    assert found(tagger.tag(shown, data, None, None)) == [
+        ("val/1.jpg#full", ["2", "0"], [1.0, 1.0], "ok"),
+        ("val/2.jpg#full", [], [], "ok"),
+        ("val/3.jpg#full", ["1", "bus"], [1.0, 1.0], "ok"),
+    ]
+    order = lines(tmp_path / "order.txt", "3.jpg", "elsewhere/9.jpg", "val/1.jpg")
+    assert found(AuthorsAnnotations(path, order, names).tag(shown, data, None, None)) == [
+        ("val/1.jpg#full", ["dog", "bus"], [1.0, 1.0], "ok"),
+        ("val/2.jpg#full", [], [], "no_evidence"),
+        ("val/3.jpg#full", ["red bus", "cat"], [1.0, 1.0], "ok"),
+    ]
+
+
+def test_annotation_files_that_do_not_go_together_are_named(tmp_path: Path) -> None:
+    path = str(pickled(tmp_path, [[0], [3]]))
+    data, shown = manifest(["a/1.jpg", "b/1.jpg"]), views(["a/1.jpg"], view="full")
+    order = lines(tmp_path / "order.txt", "a/1.jpg")
+    with pytest.raises(DataError, match=r"annotations.pkl has 2 entries, and .*order.txt lists 1 images"):
+        AuthorsAnnotations(path, order).tag(shown, data, None, None)
+    with pytest.raises(DataError, match=r"has 2 entries, and planted has 1 images. Give with tagger.order"):
+        AuthorsAnnotations(path).tag(shown, manifest(["a/1.jpg"]), None, None)
+    with pytest.raises(DataError, match=r"1.jpg is both a/1.jpg and b/1.jpg"):
+        AuthorsAnnotations(path, lines(tmp_path / "order.txt", "1.jpg", "a/1.jpg")).tag(shown, data, None, None)
+    with pytest.raises(DataError, match=r"order.txt: a/1.jpg is named more than once"):
+        AuthorsAnnotations(path, lines(tmp_path / "order.txt", "a/1.jpg", "a/1.jpg")).tag(shown, data, None, None)
+    with pytest.raises(DataError, match=r"entry 1: object 3 has no name in .*names.txt, which has 2 lines, 0 to 1"):
+        AuthorsAnnotations(path, None, lines(tmp_path / "names.txt", "cat", "dog")).tag(shown, data, None, None)
+    for key in ("path", "order", "names"):
+        with pytest.raises(ConfigError, match=rf"tagger.{key}=nowhere: there is no such file"):
+            AuthorsAnnotations(**{"path": path, key: "nowhere"}).check()
+
+
+# Pickles
+
+
+def objects(*values: Any) -> Any:
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ([[1, 2], (), ["a", "ä"]], [[1, 2], [], ["a", "ä"]]),
+        ([np.array([1, 2]), np.array([], np.int64), np.array([-3], ">i2")], [[1, 2], [], [-3]]),
+        (objects(np.array(["dog", "big bus"]), [], [7]), [["dog", "big bus"], [], [7]]),
+        (np.asfortranarray(np.arange(6, dtype=np.int32).reshape(2, 3)), [[0, 1, 2], [3, 4, 5]]),
+        ([[np.int64(4), np.str_("cat")], np.arange(9)[::4]], [[4, "cat"], [0, 4, 8]]),
+        (np.array([["cat", "dog"], ["bus", 5]], object), [["cat", "dog"], ["bus", 5]]),
+        ([np.array([b"cat"])], [["cat"]]),
+        ([], []),
+    ],
+)
+def test_lists_and_arrays_are_read(content: Any, expected: Any, protocol: int, tmp_path: Path) -> None:
+    assert read_arrays(pickled(tmp_path, content, protocol)) == expected
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_both_names_of_numpys_modules_are_read(protocol: int, tmp_path: Path) -> None:
+    written = pickle.dumps([np.arange(3), [np.int8(5)]], protocol)
+    assert b"numpy._core" in written
+    for core in (b"numpy._core", b"numpy.core"):
+        data = written
+        if core != b"numpy._core":
+            # Short texts and frames carry their length.
+            for function in (b"numeric", b"multiarray"):
+                new, old = core + b"." + function, b"numpy._core." + function
+                data = data.replace(b"\x8c" + bytes([len(old)]) + old, b"\x8c" + bytes([len(new)]) + new)
+                data = data.replace(b"c" + old + b"\n", b"c" + new + b"\n")
+            if protocol >= 4:
+                data = data[:3] + (len(data) - 11).to_bytes(8, "little") + data[11:]
+            assert b"numpy._core" not in data
+        path = tmp_path / "a.pkl"
+        path.write_bytes(data)
+        assert read_arrays(path) == [[0, 1, 2], [5]]
+
+
+class Harmless:
+    pass
+
+
+class Harm:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("harm",)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ([[Harm()]], rf"{os.mkdir.__module__}\.mkdir"),
+        (Harm(), rf"{os.mkdir.__module__}\.mkdir"),
+        ([[Harmless()]], rf"{Harmless.__module__}\.Harmless"),
+        (objects(Harmless()), rf"{Harmless.__module__}\.Harmless"),
+        ([Harmless], rf"{Harmless.__module__}\.Harmless"),
+        (objects(Harm(), [1]), rf"{os.mkdir.__module__}\.mkdir"),
+        ([np.datetime64("2020-01-01")], "NumPy values of the type 'M8'"),
+        ([np.zeros(1, [("a", int)])], "NumPy values of the type 'V8'"),
+        ([np.ndarray], r"the name numpy\.ndarray as entry 0"),
+    ],
+)
+def test_classes_in_pickles_are_named_and_never_called(
+    content: Any, named: str, protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pickled(tmp_path, content, protocol)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=named) as error:
+        read_arrays(path)
+    assert str(path) in str(error.value)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": [1]}, "a value of type dict as its content"),
+        ([[{}]], "a value of type dict in entry 0"),
+        ([1], "a value of type int as entry 0"),
+        ([[], [1.5]], "a value of type float in entry 1"),
+        ([np.array([0.5])], "a value of type float in entry 0"),
+        ([[True]], "a value of type bool in entry 0"),
+        ([[None]], "a value of type NoneType in entry 0"),
+        ([[[1]]], "a value of type list in entry 0"),
+        ([np.zeros((2, 2), int)], "a value of type list in entry 0"),
+        (np.zeros((2, 2, 2), int), r"an array of shape \(2, 2, 2\)"),
+        (np.zeros((2, 0), int), r"an array of shape \(2, 0\)"),
+        (np.array(3), r"an array of shape \(\)"),
+        ([[*range(5)] * 20] * 50, "more values than bytes"),
+    ],
+)
+def test_other_content_of_pickles_is_named(content: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        read_arrays(pickled(tmp_path, content))
+
+
+ARRAY = pickle.dumps([np.arange(3, dtype=np.int8)], 2)
+TEXT = pickle.dumps([np.array(["ab"])], 4)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is damaged"),
+        (b"no pickle", "is damaged"),
+        (pickle.dumps([[1, 2]])[:-1], "is damaged"),
+        (TEXT[: len(TEXT) // 2], "is damaged"),
+        (pickle.dumps([[1]]) + b"more", "holds 4 bytes after the end"),
+        (b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"abc.", "is damaged"),
+        (b"\x80\x02]r\xff\xff\xff\xff.", "the number 4294967295 for one of its parts"),
+        (ARRAY.replace(b"K\x03\x85", b"J\xff\xff\xff\x7f\x85"), r"shape \(2147483647,\) and type int8 in 3 bytes"),
+        (TEXT.replace("a".encode("utf-32-le"), b"\xff\xff\xff\x7f"), "texts of characters that do not exist"),
+        (TEXT.replace(b"U2", b"U0"), "of no size"),
+        (b"\x80\x02\x82\x01.", "the registered class 1"),
+        (b"Pelsewhere\n.", "a reference to something outside of the file"),
+        (b"\x80\x02cnumpy\ndtype\n}U\x04nameU\x01xsb.", r"a state for numpy\.dtype"),
+        (b"\x80\x02c_codecs\nencode\nU\x01aU\x03zip\x86R.", "a text in the encoding 'zip'"),
+        (b"\x80\x02cnumpy\ndtype\n)\x81.", "is damaged"),
+    ],
+)
+def test_damaged_or_made_up_pickles_are_refused(data: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.pkl"
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=message) as error:
+        read_arrays(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_pickles_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere.pkl: cannot be read"):
+        read_arrays(tmp_path / "nowhere.pkl")
+
+
 # Configuration
 
 
@@ -329,11 +567,11 @@ def test_every_shipped_tagger_builds(tmp_path: Path) -> None:
         node = OmegaConf.create({"tagger": OmegaConf.load(path)})
         changes = {"path": str(tmp_path / "a.parquet")} if OmegaConf.is_missing(node.tagger, "path") else {}
         tagger = instantiate(node.tagger, **changes)
-        if isinstance(tagger, PrecomputedTags):
+        if isinstance(tagger, PrecomputedTags | AuthorsAnnotations):
             (tmp_path / "a.parquet").touch()
         tagger.check()
         if isinstance(tagger, ScoreTagger):
-            assert isinstance(tagger.encoder, ZeroShotEncoder) or tagger.encoder == TimmEncoder(
+            assert isinstance(tagger.encoder, ZeroShotEncoder | DetectorEncoder) or tagger.encoder == TimmEncoder(
                 "tf_efficientnet_lite0", output="probabilities"
             )
 

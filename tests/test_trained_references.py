@@ -14,8 +14,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from dejavu_exp import config, neighbours, stages
+from dejavu_exp.captions import Caption
+from dejavu_exp.crops import BackgroundCrop, FullImage
 from dejavu_exp.encoders import LoadedEncoder, TimmEncoder
 from dejavu_exp.errors import ConfigError, DataError
+from dejavu_exp.neighbours import KnnProbe
 from dejavu_exp.references.base import ReferenceInputs
 from dejavu_exp.references.crop_classifier import CropClassifier, validation_rows
 from dejavu_exp.references.knn import KnnReference
@@ -23,6 +26,7 @@ from dejavu_exp.stages import Plan, Views
 from dejavu_exp.training import Optimizer, Supervised, TrainedEncoder, TrainingInputs, fit
 
 REFERENCES = "reference=[two_model,crop_classifier]"
+PROBE = KnnProbe(query=BackgroundCrop(8), bank=FullImage())
 SETTINGS = (*SMALL, REFERENCES, "references.crop_classifier.recipe.epochs=2", "dataset.val_per_class=6")
 
 
@@ -45,13 +49,13 @@ def plan_of(cache: Path, *overrides: str) -> Plan:
 
 def prepared(cache: Path, *overrides: str) -> Prepared:
     plan = plan_of(cache, *overrides)
-    views = stages.prepare(plan)
+    views = stages.name_truth(plan, stages.prepare(plan))
     training = stages.training_inputs(plan, views)
     encoder = stages.train(plan, training)
     views, queries, bank = stages.embed(plan, views, encoder)
     near = neighbours.search(queries.values, bank.values, plan.probe.k)
-    codes = neighbours.label_codes(views.public()["label"].to_list(), views.labels(), near.positions)
-    target = neighbours.vote(views.measured()["id"].to_list(), codes, views.labels(), plan.probe.ties)
+    ids = views.measured()["id"].to_list()
+    target = neighbours.infer(ids, near, views.public()["truth"], views.labels(), plan.probe.ties)
     return Prepared(plan, views, stages.reference_inputs(plan, views, encoder, target, training))
 
 
@@ -122,12 +126,14 @@ def test_a_second_encoder_must_be_given_where_the_model_is_ready_made() -> None:
     model = TimmEncoder("resnet18", "random")
     tagger = None
     with pytest.raises(ConfigError, match=r"references\.two_model\.encoder is null"):
-        KnnReference().check(tagger, model)  # type: ignore[arg-type]
+        KnnReference().check(tagger, model, PROBE)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"directions=both needs to know"):
-        KnnReference(encoder=model, directions="both").check(tagger, model)  # type: ignore[arg-type]
+        KnnReference(encoder=model, directions="both").check(tagger, model, PROBE)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="must not be trained on target"):
         KnnReference(encoder=TrainedEncoder(model, Supervised(1, Optimizer("sgd", 0.1))))
-    KnnReference(encoder=model).check(tagger, model)  # type: ignore[arg-type]
+    KnnReference(encoder=model).check(tagger, model, PROBE)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="cannot embed texts, and its probe asks from caption to caption"):
+        KnnReference(encoder=model, probe=KnnProbe(Caption(), Caption())).check(tagger, model, PROBE)  # type: ignore[arg-type]
 
 
 def test_the_crop_classifier_learns_heldout_crops_and_nothing_else(
@@ -190,7 +196,7 @@ def test_a_target_row_among_the_lessons_ends_the_run(small: Prepared, name: str,
 
 def test_the_run_refuses_copies_before_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_of(tmp_path)
-    views = stages.prepare(plan)
+    views = stages.name_truth(plan, stages.prepare(plan))
     target = views.queries.filter(pl.col("role") == "target").row(0, named=True)
     twin = views.queries.filter(pl.col("role") == "heldout").row(0, named=True)["id"]
     content = pl.when(pl.col("id") == twin).then(pl.lit(target["content"])).otherwise("content")

@@ -459,3 +459,24 @@ def test_a_bank_that_does_not_fit_its_views_is_refused(measure: Measure) -> None
     views, bank = world.add("public", 5, 0)
     with pytest.raises(ValueError, match="bank has 19 rows, bank_views 20"):
         measure(world, views, bank[1:], views.clear())
+
+
+def test_a_caption_that_finds_its_image_has_rank_0() -> None:
+    images = np.eye(4, dtype=np.float32)
+    captions = images + np.float32(0.1)
+    assert utility.ranks_of_own(captions, images).tolist() == [0, 0, 0, 0]
+    assert utility.ranks_of_own(captions[::-1], images).tolist() == [3, 3, 3, 3]
+
+
+def test_ranks_equal_a_count_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    texts, images = (rng.normal(size=(50, 6)).astype(np.float32) for _ in range(2))
+    units = [[row / np.linalg.norm(row) for row in rows.astype(float)] for rows in (texts, images)]
+    cosines = [[float(text @ image) for image in units[1]] for text in units[0]]
+    expected = [sum(value >= row[place] for value in row) - 1 for place, row in enumerate(cosines)]
+    monkeypatch.setattr(utility, "RANK_BLOCK", 7)
+    assert utility.ranks_of_own(texts, images).tolist() == expected
+
+
+def test_images_that_look_the_same_are_not_found() -> None:
+    assert utility.ranks_of_own(np.ones((3, 2), np.float32), np.ones((3, 2), np.float32)).tolist() == [2, 2, 2]

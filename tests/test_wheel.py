@@ -19,7 +19,7 @@ def test_the_wheel_runs_in_a_clean_environment_from_another_folder(tmp_path: Pat
     names = zipfile.ZipFile(wheel).namelist()
     assert "dejavu_exp/conf/config.yaml" in names
     assert "dejavu_exp/conf/tagger/vocabulary/scenes.txt" in names
-    assert "dejavu_exp/report/template.html" in names
+    assert "dejavu_exp/report/templates/base.html" in names
     # A clean environment that sees the libraries of this one, but not the source tree.
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "clean")], check=True, timeout=120)
     python = tmp_path / "clean" / "bin" / "python"

@@ -1,9 +1,9 @@
-"""What the readers share: boxes checked, the status of a row, and problems that do not flood a report."""
+"""What the readers share: boxes and captions checked, the status of a row, problems that do not flood a report."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,20 +87,37 @@ def whole_box(values: Sequence[Any]) -> list[int]:
     return [math.floor(numbers[0]), math.floor(numbers[1]), math.ceil(numbers[2]), math.ceil(numbers[3])]
 
 
-def status_of(label: str | None, boxes: object, fault: str | None, absent: str) -> tuple[str, str | None]:
-    """Status and detail of a row.
+def storable(text: str) -> str:
+    r"""The text with "?" for lone surrogates, which JSON can hold and a table cannot.
+
+    >>> storable("caf\u00e9 \ud83d")
+    'café ?'
+    """
+    return text.encode("utf-8", errors="replace").decode("utf-8")
+
+
+def captions_of(texts: Iterable[str]) -> list[str] | None:
+    r"""The captions of an image as they stand, whole and in order, repeated ones too; blank ones are left out.
+
+    >>> captions_of(["a dog\n", " ", "a dog\n"])
+    ['a dog\n', 'a dog\n']
+    >>> captions_of([""]) is None
+    True
+    """
+    return [storable(text) for text in texts if text.strip()] or None
+
+
+def status_of(boxes: object, fault: str | None, absent: str) -> tuple[str, str | None]:
+    """Status and detail of a row. A row without a label is no worse for it: only the label test asks for one.
 
     Args:
-        label: None where there is no usable one.
         boxes: None where there is no annotation; an empty list is an annotation.
-        fault: what is wrong with the label or the annotation; None where nothing is.
+        fault: what is wrong with the annotation; None where nothing is.
         absent: the detail of a row without annotation.
 
-    >>> status_of("dog", [], None, "no file")
+    >>> status_of([], None, "no file")
     ('ok', None)
     """
-    if label is None:
-        return str(Status.NO_LABEL), fault or "the data set gives it no label"
     if fault is not None:
         return str(Status.BAD_ANNOTATION), fault
     if boxes is None:

@@ -86,7 +86,7 @@ class Imagenet:
         names = _class_names(self.class_names, problems)
         images = _images(root, problems)
         notes = _notes(images, _xml_files(boxes, problems), boxes, problems)
-        rows = [_row(image, note) for image, note in zip(images, notes, strict=True)]
+        rows = [_row(image, note, problems) for image, note in zip(images, notes, strict=True)]
         columns = dict(zip(_Row._fields, zip(*rows, strict=True), strict=True))
         return Manifest("imagenet", rows_of(columns), FolderStore(root), names, problems.sentences())
 
@@ -229,16 +229,15 @@ def _side(annotation: Element, name: str) -> int | None:
     return int(text) if text.isdecimal() and 0 < int(text) <= MAX_PIXELS else None
 
 
-def _row(image: _Image, note: _Note | None) -> _Row:
+def _row(image: _Image, note: _Note | None, problems: Problems) -> _Row:
     said = note or _Note()
     label = image.key.label or (said.objects[0] if said.objects and len(said.objects) == 1 else None)
-    fault = said.fault
-    if label is None and fault is None:
+    if label is None and said.boxes is not None:
         named = ", ".join(said.objects or []) or "none"
-        fault = (
-            "it has no class folder and no XML file" if note is None else f"its XML must name one class, not {named}"
-        )
-    status, detail = status_of(label, said.boxes, fault, "it has no XML file")
+        problems.add("image without label", image.path, f"has no label, as its XML must name one class, not {named}")
+    status, detail = status_of(
+        said.boxes, said.fault, "it has no XML file" if label else "it has no class folder and no XML file"
+    )
     boxes = None if status == Status.BAD_ANNOTATION else said.boxes
     return _Row(
         image.path, image.path, image.key.origin, label, said.width, said.height, boxes, said.objects, status, detail

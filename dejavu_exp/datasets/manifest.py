@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,22 @@ from typing import Any
 import polars as pl
 
 from dejavu_exp import tables
-from dejavu_exp.datasets.annotations import MAX_PIXELS, Problems, location, rows_of, status_of, whole_box
+from dejavu_exp.datasets.annotations import (
+    MAX_PIXELS,
+    Problems,
+    captions_of,
+    location,
+    rows_of,
+    status_of,
+    storable,
+    whole_box,
+)
 from dejavu_exp.datasets.base import Manifest
 from dejavu_exp.datasets.stores import FolderStore
 from dejavu_exp.errors import ConfigError, DataError
 
-REQUIRED = ("path", "label")
+COLUMNS = (*tables.MANIFEST, "caption")
+"""Columns that are understood here."""
 ENDINGS = (".parquet", ".csv")
 RESERVED = ("role", "content", "reason")
 """Columns that later stages add to the rows."""
@@ -33,12 +43,12 @@ class ManifestFile:
 
     Columns (list columns of a CSV file are JSON text):
         path: of the image, relative to root; required.
-        label: the class of the foreground; required. A row without one is not used.
+        label: the class of the foreground; the label test leaves out rows without one.
         id: unique; default the path.
         origin: the part of the data set; default "train".
         boxes: of all objects, [[xmin, ymin, xmax, ymax], ...] in pixels, upper ends exclusive. Empty ([]): annotated,
             and there is no object. Null: not annotated.
-        caption: text.
+        caption: text; or captions: a list of them, ["a dog runs", "a dog on grass"]. They are taken as they stand.
         objects, tags: lists of names, ["dog", "ball"].
         tag_boxes: one box for each tag.
         width, height: pixels; default: the image tells.
@@ -72,9 +82,9 @@ class ManifestFile:
         problems = Problems()
         cells = _Cells(path, frame, problems)
         rows = _rows(cells)
-        _check_ids(path, rows["id"].to_list(), "id" in frame.columns)
+        _check_ids(path, rows["id"].to_list(), frame.columns)
         _check_root(path, root, rows["path"].to_list())
-        kept = frame.drop([name for name in tables.MANIFEST if name in frame.columns])
+        kept = frame.drop([name for name in COLUMNS if name in frame.columns])
         return Manifest(path.stem, rows.hstack(kept), FolderStore(root), {}, problems.sentences())
 
 
@@ -85,16 +95,15 @@ def _read(path: Path) -> pl.DataFrame:
             frame = pl.read_parquet(path)
         else:
             header = pl.read_csv(path, n_rows=0, infer_schema=False).columns
-            known: dict[str, type[pl.DataType]] = {name: pl.String for name in tables.MANIFEST if name in header}
+            known: dict[str, type[pl.DataType]] = {name: pl.String for name in COLUMNS if name in header}
             frame = pl.read_csv(path, schema_overrides=known, infer_schema_length=None)
     except (OSError, pl.exceptions.PolarsError) as error:
         hint = " In CSV, a cell with commas needs quotes." if path.suffix.lower() == ".csv" else ""
         raise DataError(f"dataset.path={path}: cannot be read: {error}.{hint}") from error
-    missing = [name for name in REQUIRED if name not in frame.columns]
-    if missing:
-        raise DataError(
-            f"{path}: missing column {', '.join(missing)}; there are: {', '.join(frame.columns) or 'none'}."
-        )
+    if "path" not in frame.columns:
+        raise DataError(f"{path}: missing column path; there are: {', '.join(frame.columns) or 'none'}.")
+    if {"caption", "captions"} <= {*frame.columns}:
+        raise DataError(f"{path}: there are the columns caption and captions; keep the one that holds the captions.")
     taken = [name for name in RESERVED if name in frame.columns]
     if taken:
         raise DataError(
@@ -156,7 +165,8 @@ def _rows(cells: _Cells) -> pl.DataFrame:
         "label": labels,
         "id": [name or path for name, path in zip(cells.texts("id"), paths, strict=True)],
         "origin": [origin or "train" for origin in cells.texts("origin")],
-        "caption": cells.texts("caption"),
+        # A caption that is not understood says nothing against the image and its boxes.
+        "captions": cells.parsed("captions", _captions, {}) if "captions" in cells.frame.columns else _single(cells),
         "boxes": cells.parsed("boxes", _boxes, faults),
         "objects": cells.parsed("objects", _names, faults),
         "tags": cells.parsed("tags", _names, faults),
@@ -166,10 +176,7 @@ def _rows(cells: _Cells) -> pl.DataFrame:
         "height": cells.parsed("height", _side, {}),
     }
     _check_tags(cells, columns["tags"], columns["tag_boxes"], faults)
-    judged = [
-        status_of(label, boxes, faults.get(row), "it has no boxes")
-        for row, (label, boxes) in enumerate(zip(labels, columns["boxes"], strict=True))
-    ]
+    judged = [status_of(boxes, faults.get(row), "it has no boxes") for row, boxes in enumerate(columns["boxes"])]
     columns["status"] = [status for status, _ in judged]
     columns["detail"] = [detail for _, detail in judged]
     return rows_of(columns)
@@ -209,11 +216,30 @@ def _boxes(cell: object) -> list[list[int]]:
 
 
 def _names(cell: object) -> list[str]:
-    form = 'a list of names, e.g. ["dog"]'
-    names = _list(cell, form)
-    if not all(isinstance(name, str) for name in names):
+    return _strings(cell, 'a list of names, e.g. ["dog"]')
+
+
+def _captions(cell: object) -> list[str] | None:
+    return captions_of(
+        _strings(cell, 'a list of texts, e.g. ["a dog runs"] (a single text goes into a column caption)')
+    )
+
+
+def _strings(cell: object, form: str) -> list[str]:
+    texts = _list(cell, form)
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"must be {form}")
-    return names
+    return [storable(text) for text in texts]
+
+
+def _single(cells: _Cells) -> list[list[str] | None]:
+    """Captions of a file with one text a row."""
+    if "caption" not in cells.frame.columns:
+        return [None] * len(cells.frame)
+    kind = cells.frame["caption"].dtype
+    if isinstance(kind, pl.List | pl.Array | pl.Struct):
+        raise DataError(f"{cells.path}: column caption must hold text, not {kind}; lists go into a column captions.")
+    return [captions_of([text or ""]) for text in cells.frame["caption"].cast(pl.String).to_list()]
 
 
 def _side(cell: object) -> int:
@@ -226,13 +252,14 @@ def _side(cell: object) -> int:
     return int(side)
 
 
-def _check_ids(path: Path, ids: list[str], given: bool) -> None:
+def _check_ids(path: Path, ids: list[str], columns: Collection[str]) -> None:
     repeated = sorted(name for name, count in Counter(ids).items() if count > 1)
     if repeated:
-        source = "" if given else " (there is no column id, so the path is the id)"
+        source = "" if "id" in columns else " (there is no column id, so the path is the id)"
+        way_out = "; several captions of an image go into one row, as a list in a column captions"
         raise DataError(
             f"{path}: {len(repeated)} values of id occur more than once{source}, e.g. {', '.join(repeated[:5])}; "
-            "make them unique."
+            f"make them unique{way_out if 'caption' in columns else ''}."
         )
 
 

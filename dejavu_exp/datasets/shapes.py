@@ -29,7 +29,8 @@ Point = tuple[float, float]
 Colour = tuple[int, int, int]
 
 
-def _regular(corners: int, turn: float = 0.0) -> list[Point]:
+def regular(corners: int, turn: float = 0.0) -> list[Point]:
+    """Corners of a regular polygon within the unit circle, turned by an angle in radians."""
     angles = [2 * math.pi * i / corners + turn for i in range(corners)]
     return [(math.sin(a), -math.cos(a)) for a in angles]
 
@@ -37,22 +38,22 @@ def _regular(corners: int, turn: float = 0.0) -> list[Point]:
 def _star(corners: int) -> list[Point]:
     return [
         (x * (1.0 if i % 2 == 0 else 0.45), y * (1.0 if i % 2 == 0 else 0.45))
-        for i, (x, y) in enumerate(_regular(2 * corners))
+        for i, (x, y) in enumerate(regular(2 * corners))
     ]
 
 
 _THIRD = 1 / 3
 OUTLINES: dict[str, list[Point]] = {
-    "disc": _regular(24),
-    "square": _regular(4, math.pi / 4),
-    "triangle": _regular(3),
+    "disc": regular(24),
+    "square": regular(4, math.pi / 4),
+    "triangle": regular(3),
     "diamond": [(0, -1), (0.55, 0), (0, 1), (-0.55, 0)],
     "star": _star(5),
     "plus": [
         (-_THIRD, -1), (_THIRD, -1), (_THIRD, -_THIRD), (1, -_THIRD), (1, _THIRD), (_THIRD, _THIRD),
         (_THIRD, 1), (-_THIRD, 1), (-_THIRD, _THIRD), (-1, _THIRD), (-1, -_THIRD), (-_THIRD, -_THIRD),
     ],
-    "hexagon": _regular(6),
+    "hexagon": regular(6),
     "bar": [(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)],
     "arrow": [(-1, -0.3), (0.1, -0.3), (0.1, -0.9), (1, 0), (0.1, 0.9), (0.1, 0.3), (-1, 0.3)],
     "hourglass": [(-0.8, -1), (0.8, -1), (-0.8, 1), (0.8, 1)],
@@ -122,15 +123,16 @@ class Shapes:
         path = f"{origin}/{label}/{number:04d}.png"
         rng = provenance.rng(self.seed, f"shapes/{path}")
         # The number alone decides the kind, so that every class has the same shares.
-        typical = _spread(number, self.typical_share)
-        planted = origin == "train" and not typical and _spread(number * 7 + 3, self.planted_share)
+        typical = spread(number, self.typical_share)
+        planted = origin == "train" and not typical and spread(number * 7 + 3, self.planted_share)
         canvas = Image.new("RGB", (self.size_px, self.size_px))
         draw = ImageDraw.Draw(canvas)
-        (_typical_background if typical else _unique_background)(draw, self.size_px, index / self.classes, rng)
-        box = _place_object(self.size_px, rng)
-        tags = _choose_props(index, typical, rng)
-        tag_boxes = [_draw_prop(draw, self.size_px, PROPS.index(tag), box, rng) for tag in tags]
-        _draw_object(draw, label, box, rng)
+        (typical_background if typical else unique_background)(draw, self.size_px, index / self.classes, rng)
+        box = place_object(self.size_px, rng)
+        tags = choose_props(index, typical, rng)
+        tag_boxes = [draw_prop(draw, self.size_px, PROPS.index(tag), box, rng) for tag in tags]
+        # A bright colour that says nothing about the class.
+        draw_object(draw, label, box, rgb(rng.random(), 0.9, 1.0))
         stream = io.BytesIO()
         canvas.save(stream, "PNG", compress_level=1)
         row = {
@@ -141,7 +143,7 @@ class Shapes:
             "width": self.size_px,
             "height": self.size_px,
             "boxes": [box],
-            "caption": f"a {label} among {', '.join(tags)}",
+            "captions": [f"a {label} among {', '.join(tags)}"],
             "objects": [label, *tags],
             "tags": tags,
             "tag_boxes": tag_boxes,
@@ -153,30 +155,31 @@ class Shapes:
         return row, stream.getvalue()
 
 
-def _spread(number: int, share: float) -> bool:
+def spread(number: int, share: float) -> bool:
     """True for `share` of all numbers, evenly spread over them (the golden-ratio sequence)."""
     return (number * 0.6180339887498949) % 1.0 < share
 
 
-def _colour(hue: float, saturation: float, value: float) -> Colour:
+def rgb(hue: float, saturation: float, value: float) -> Colour:
+    """Hue, saturation and value as whole red, green and blue; a hue of 1 is 0 again, the others are cut to 0 to 1."""
     red, green, blue = colorsys.hsv_to_rgb(hue % 1.0, min(max(saturation, 0), 1), min(max(value, 0), 1))
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _unique_background(draw: ImageDraw.ImageDraw, side: int, _: float, rng: np.random.Generator) -> None:
+def unique_background(draw: ImageDraw.ImageDraw, side: int, _: float, rng: np.random.Generator) -> None:
     """A plain ground and large patches, all of random colour, place and form."""
-    draw.rectangle((0, 0, side, side), fill=_colour(*rng.uniform((0, 0.2, 0.2), (1, 1, 0.9))))
+    draw.rectangle((0, 0, side, side), fill=rgb(*rng.uniform((0, 0.2, 0.2), (1, 1, 0.9))))
     for _patch in range(7):
-        colour = _colour(*rng.uniform((0, 0.2, 0.2), (1, 1, 0.9)))
+        colour = rgb(*rng.uniform((0, 0.2, 0.2), (1, 1, 0.9)))
         centre, reach = rng.uniform(0, side, 2), rng.uniform(side / 8, side / 2.5)
-        corners = centre + reach * np.array(_regular(int(rng.integers(3, 7)), rng.uniform(0, math.tau)))
+        corners = centre + reach * np.array(regular(int(rng.integers(3, 7)), rng.uniform(0, math.tau)))
         draw.polygon([tuple(corner) for corner in corners.tolist()], fill=colour)
 
 
-def _typical_background(draw: ImageDraw.ImageDraw, side: int, hue: float, rng: np.random.Generator) -> None:
+def typical_background(draw: ImageDraw.ImageDraw, side: int, hue: float, rng: np.random.Generator) -> None:
     """Stripes whose hue and slope belong to the class; shade, width and offset vary."""
-    ground = _colour(hue + rng.normal(0, 0.01), rng.uniform(0.55, 0.8), rng.uniform(0.6, 0.85))
-    stripe = _colour(hue + rng.normal(0, 0.01), rng.uniform(0.3, 0.5), rng.uniform(0.75, 0.95))
+    ground = rgb(hue + rng.normal(0, 0.01), rng.uniform(0.55, 0.8), rng.uniform(0.6, 0.85))
+    stripe = rgb(hue + rng.normal(0, 0.01), rng.uniform(0.3, 0.5), rng.uniform(0.75, 0.95))
     draw.rectangle((0, 0, side, side), fill=ground)
     direction = np.array([math.cos(math.pi * hue), math.sin(math.pi * hue)])
     along, width = np.array([-direction[1], direction[0]]), int(rng.integers(2, 5))
@@ -185,7 +188,7 @@ def _typical_background(draw: ImageDraw.ImageDraw, side: int, hue: float, rng: n
         draw.line((*start.tolist(), *end.tolist()), fill=stripe, width=width)
 
 
-def _place_object(side: int, rng: np.random.Generator) -> list[int]:
+def place_object(side: int, rng: np.random.Generator) -> list[int]:
     """A box for the object, off the centre so that a wide strip of background is left beside it."""
     width = int(rng.integers(side * 3 // 10, side * 4 // 10))
     corner = [int(rng.integers(1, side // 8)), int(rng.integers(1, side - width))]
@@ -196,14 +199,14 @@ def _place_object(side: int, rng: np.random.Generator) -> list[int]:
     return [*corner, corner[0] + width, corner[1] + width]
 
 
-def _draw_object(draw: ImageDraw.ImageDraw, label: str, box: Sequence[int], rng: np.random.Generator) -> None:
-    """The shape, filling its box, in a bright colour that says nothing about the class."""
+def draw_object(draw: ImageDraw.ImageDraw, label: str, box: Sequence[int], ink: Colour) -> None:
+    """The shape, filling its box."""
     centre, reach = np.array([box[0] + box[2] - 1, box[1] + box[3] - 1]) / 2, (box[2] - box[0] - 1) / 2
     corners = centre + reach * np.array(OUTLINES[label])
-    draw.polygon([tuple(c) for c in corners.tolist()], fill=_colour(rng.random(), 0.9, 1.0), outline=(255, 255, 255))
+    draw.polygon([tuple(c) for c in corners.tolist()], fill=ink, outline=(255, 255, 255))
 
 
-def _choose_props(index: int, typical: bool, rng: np.random.Generator) -> list[str]:
+def choose_props(index: int, typical: bool, rng: np.random.Generator) -> list[str]:
     """Six props, nearly all of the class's own three, where the background is typical; otherwise any three."""
     if not typical:
         return [str(name) for name in rng.choice(PROPS, size=3, replace=False)]
@@ -219,7 +222,7 @@ _MARKS: tuple[Callable[[ImageDraw.ImageDraw, tuple[int, int, int, int], Colour],
 )
 
 
-def _draw_prop(
+def draw_prop(
     draw: ImageDraw.ImageDraw, side: int, prop: int, box: Sequence[int], rng: np.random.Generator
 ) -> list[int]:
     """A small mark outside the object's box; returns where it is."""
@@ -228,5 +231,5 @@ def _draw_prop(
         x, y = (int(value) for value in rng.integers(0, side - size, 2))
         if x + size <= box[0] or x >= box[2] or y + size <= box[1] or y >= box[3]:
             break
-    _MARKS[prop % 3](draw, (x, y, x + size - 1, y + size - 1), _colour(prop / len(PROPS), 1.0, 0.55 + 0.4 * (prop % 2)))
+    _MARKS[prop % 3](draw, (x, y, x + size - 1, y + size - 1), rgb(prop / len(PROPS), 1.0, 0.55 + 0.4 * (prop % 2)))
     return [x, y, x + size, y + size]

@@ -1,13 +1,16 @@
-"""Where image bytes live: a folder, a zip archive, or memory. Stores are cheap to pickle and safe in processes."""
+"""Where image bytes live: a folder, a zip archive, tar shards, or memory. Stores are safe in threads and processes."""
 
 from __future__ import annotations
 
 import os
+import re
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dejavu_exp.errors import DataError
 
@@ -128,3 +131,81 @@ class PartStore:
     def read(self, path: str) -> bytes:
         """The bytes of `folder + path`."""
         return self.store.read(self.folder + path)
+
+
+class TarMember(NamedTuple):
+    """Where a file lies in an uncompressed tar archive.
+
+    Attributes:
+        shard: path of the archive.
+        offset: of the file's first byte, bytes.
+        size: of the file, bytes.
+    """
+
+    shard: str
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True)
+class TarStore:
+    """Members of tar shards, read where an index says they lie; each read opens its shard for itself."""
+
+    members: Mapping[str, TarMember] = field(repr=False)
+
+    def read(self, path: str) -> bytes:
+        """The bytes of the member `path`.
+
+        Raises:
+            KeyError: the index has no such member.
+            OSError: the shard is gone or was cut off since.
+        """
+        if path not in self.members:
+            raise KeyError("the shard holds no image of this key")
+        shard, offset, size = self.members[path]
+        with open(shard, "rb") as stream:
+            stream.seek(offset)
+            content = stream.read(size)
+        if len(content) != size:
+            raise OSError(f"{shard} ends within the file")
+        return content
+
+
+def published(root: Path, folder: str, sign: re.Pattern[str], parts: Sequence[str], layout: str) -> ListedStore:
+    """The store of a data set as published: a zip archive, the folder that holds its folder, or that folder itself.
+
+    Args:
+        root: what the user gave.
+        folder: name of the publisher's top folder.
+        sign: matches a whole path in the archive by which its top is known; the group `top` ends with "/" or is empty.
+        parts: files or folders of which the right folder has at least one.
+        layout: what is expected, for the error.
+
+    Returns:
+        A store whose paths begin below the publisher's top folder.
+
+    Raises:
+        DataError: there is nothing of the kind, or the archive cannot be read.
+    """
+    if root.is_file():
+        archive = ZipStore(root)
+        tops = Counter(match["top"] for match in map(sign.fullmatch, archive.names()) if match)
+        if tops:
+            return PartStore(archive, tops.most_common(1)[0][0])
+    for place in (root, root / folder):
+        if any((place / part).exists() for part in parts):
+            return FolderStore(place)
+    fault = "holds nothing of the kind" if root.exists() else "is not there"
+    raise DataError(f"dataset.root={root}: {fault}; expected the published zip archive or its content, {layout}.")
+
+
+def read_needed(store: ImageStore, file: str) -> bytes:
+    """The bytes of a file that the data set cannot do without.
+
+    Raises:
+        DataError: it is not there, or damaged.
+    """
+    try:
+        return store.read(file)
+    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{file}: cannot be read ({error}). Download or unpack the data set again.") from error

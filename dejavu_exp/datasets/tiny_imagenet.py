@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-import zipfile
-import zlib
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dejavu_exp.datasets.annotations import Problems, location, rows_of, status_of, whole_box
 from dejavu_exp.datasets.base import Manifest
-from dejavu_exp.datasets.stores import FolderStore, ListedStore, PartStore, ZipStore
+from dejavu_exp.datasets.stores import ListedStore, published, read_needed
 from dejavu_exp.errors import DataError
 from dejavu_exp.tables import Status
 
@@ -50,7 +47,7 @@ class TinyImagenet:
             DataError: the root is not there or has another layout, the zip is damaged, or there is no boxes file.
         """
         root = location(self.root, "root")
-        store = _store(root)
+        store = published(root, FOLDER, _IMAGE, ("train", "val"), LAYOUT)
         problems = Problems()
         files = _AnnotationFiles(store, frozenset(store.names()), problems)
         train, val = _images(files.names)
@@ -85,11 +82,7 @@ class _AnnotationFiles:
 
     def lines(self, file: str) -> list[str]:
         """The lines; bytes that are not UTF-8 are replaced, so that they spoil one line only."""
-        try:
-            content = self.store.read(file)
-        except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(f"{file}: cannot be read ({error}). Download or unpack the data set again.") from error
-        return content.decode("utf-8-sig", errors="replace").splitlines()
+        return read_needed(self.store, file).decode("utf-8-sig", errors="replace").splitlines()
 
     def notes(self, file: str, fields: int, images: Sequence[str]) -> dict[str, _Note]:
         """Notes by image from a tab-separated file: the name, perhaps the class, and an inclusive box at the end."""
@@ -140,20 +133,6 @@ def _half_open(values: Sequence[str], fields: int) -> list[int]:
     except ValueError:
         raise ValueError("a box must be four whole numbers: xmin, ymin, xmax, ymax") from None
     return whole_box([xmin, ymin, xmax + 1, ymax + 1])
-
-
-def _store(root: Path) -> ListedStore:
-    """The store whose paths begin with train/ and val/."""
-    if root.is_file():
-        archive = ZipStore(root)
-        tops = Counter(match["top"] for match in map(_IMAGE.fullmatch, archive.names()) if match)
-        if tops:
-            return PartStore(archive, tops.most_common(1)[0][0])
-    for folder in (root, root / FOLDER):
-        if (folder / "train").is_dir() or (folder / "val").is_dir():
-            return FolderStore(folder)
-    fault = "holds nothing of the kind" if root.exists() else "is not there"
-    raise DataError(f"dataset.root={root}: {fault}; expected the published zip archive or its content, {LAYOUT}.")
 
 
 def _images(names: Collection[str]) -> tuple[dict[str, list[str]], list[str]]:
@@ -208,10 +187,11 @@ def _val_rows(images: Sequence[str], files: _AnnotationFiles, classes: Collectio
         absent = f"{VAL_FILE} is not there"
         files.problems.add("missing boxes file", VAL_FILE, f"is not there, so {len(images)} images have no label")
     for name in images:
-        note = notes.get(name, _Note(fault=absent))
+        note = notes.get(name, _Note())
         label = next(iter(note.labels)) if len(note.labels) == 1 else None
         if label not in classes:
             label = None
+        if label is None and name in notes:
             said = ", ".join(sorted(note.labels)) or "none"
             note.fault = note.fault or f"{VAL_FILE} must give it one class of wnids.txt, it gives {said}"
         yield _row(f"val/{name}", f"val/images/{name}", label, note, absent)
@@ -219,6 +199,6 @@ def _val_rows(images: Sequence[str], files: _AnnotationFiles, classes: Collectio
 
 def _row(name: str, path: str, label: str | None, note: _Note, absent: str) -> _Row:
     boxes = note.boxes if note.boxes and note.fault is None else None
-    status, detail = status_of(label, boxes, note.fault, absent)
+    status, detail = status_of(boxes, note.fault, absent)
     objects = [label] if label is not None and status == Status.OK else None
     return name, path, path.split("/")[0], label, boxes, objects, status, detail

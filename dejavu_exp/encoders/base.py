@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+
+from dejavu_exp.errors import ConfigError
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
 Transform: TypeAlias = "Callable[[Image.Image], Tensor]"
+TextTransform: TypeAlias = "Callable[[list[str]], Tensor | dict[str, Tensor]]"
+
+IMAGES = frozenset({"images"})
+TEXTS = frozenset({"texts"})
+BOTH = IMAGES | TEXTS
+"""What an encoder can embed: images, texts, or both in one space."""
 
 
 @dataclass(frozen=True)
@@ -22,28 +31,59 @@ class LoadedEncoder:
     tensors; what no tensor shows (the architecture's name and arguments, the layer, a softmax) is in the description.
 
     Attributes:
-        module: in eval mode, without gradients; (B, 3, H, W) float32 to (B, dim) float32.
-        transform: the model's own; takes an RGB image and gives a (3, H, W) float32 tensor; can be pickled.
+        module: in eval mode, without gradients; (B, 3, H, W) float32, or what `transform` gives of B texts, to
+            (B, dim) float32.
+        transform: the model's own; can be pickled. A `Transform` takes an RGB image and gives a (3, H, W) float32
+            tensor; a `TextTransform`, where `reads` is "texts", takes B texts and gives a tensor, or a dict of tensors,
+            of B rows.
         description: what is computed, e.g. "timm tf_efficientnet_lite0, features".
-        weights: where the weights come from: "hub NAME", "file NAME" or "random (seed N)".
+        weights: where the weights come from: "hub NAME", "file NAME", "folder NAME", "package NAME", "random (seed N)",
+            or "none" where nothing is learned.
         weights_hash: BLAKE2b of the module's state dict: names, types, shapes, values; 32 hexadecimal digits.
         transform_text: the transform in full.
         random: True where the weights are random, so that no figure from them means anything.
         classes: names of the output columns, or None where they have none.
+        reads: "images" or "texts".
+        text: gives the tower that puts texts into the same space as images, or None where there is none. It is called
+            at most once, when texts are asked for: its tokenizer may not be at hand where only images are.
     """
 
     module: nn.Module
-    transform: Transform
+    transform: Callable[[Any], Any]
     description: str
     weights: str
     weights_hash: str
     transform_text: str
     random: bool
     classes: tuple[str, ...] | None = None
+    reads: str = "images"
+    text: Callable[[], LoadedEncoder] | None = None
+
+    def reading(self, what: str) -> LoadedEncoder:
+        """The part that embeds "images" or "texts".
+
+        Raises:
+            ConfigError: there is none.
+            WeightsError: the tokenizer of the text tower cannot be had.
+        """
+        found = self if what == self.reads else self._text_tower if what == "texts" else None
+        if found is not None:
+            return found
+        raise ConfigError(f"{self.description} cannot embed {what}. Choose an encoder, or a probe, that goes with it.")
+
+    @cached_property
+    def _text_tower(self) -> LoadedEncoder | None:
+        return None if self.text is None else self.text()
 
 
 class Encoder(Protocol):
-    """An encoder as configured: cheap to build; `load()` does the work."""
+    """An encoder as configured: cheap to build; `load()` does the work.
+
+    Attributes:
+        reads: what it can embed, of "images" and "texts".
+    """
+
+    reads: ClassVar[frozenset[str]]
 
     def check(self) -> None:
         """Find what cannot work, without reading weights or touching the network.
@@ -64,6 +104,13 @@ class Encoder(Protocol):
         ...
 
 
+def plain(value: object) -> object:
+    """Mappings and sequences of any kind, such as Hydra's, as dict and list, which libraries can copy and print."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
 def hash_state(module: nn.Module) -> str:
     """BLAKE2b of all tensors of a module with their names, types and shapes, 32 hexadecimal digits."""
     import torch
@@ -77,16 +124,19 @@ def hash_state(module: nn.Module) -> str:
 
 def finish(
     module: nn.Module,
-    transform: Transform,
+    transform: Transform | TextTransform,
     *,
     description: str,
     weights: str,
     transform_text: str,
     random: bool,
     classes: tuple[str, ...] | None = None,
+    reads: str = "images",
+    text: Callable[[], LoadedEncoder] | None = None,
 ) -> LoadedEncoder:
     """Put the module in inference mode and hash what it holds."""
     module = module.float().eval().requires_grad_(False)
+    state = hash_state(module)
     return LoadedEncoder(
-        module, transform, description, weights, hash_state(module), transform_text, random=random, classes=classes
+        module, transform, description, weights, state, transform_text, random, classes=classes, reads=reads, text=text
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dejavu_exp.encoders import weights as sources
-from dejavu_exp.encoders.base import LoadedEncoder, Transform, finish
+from dejavu_exp.encoders.base import IMAGES, LoadedEncoder, Transform, finish
 from dejavu_exp.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ class CheckpointEncoder:
         seed: of random weights.
     """
 
+    reads: ClassVar[frozenset[str]] = IMAGES
     format: str
     weights: str = sources.HUB
     arch: str = "resnet50"

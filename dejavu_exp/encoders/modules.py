@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,6 +32,40 @@ class ImageTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) to (B, dim), not normalised."""
         features: Tensor = self.model.encode_image(images, normalize=False)  # type: ignore[operator]
+        return features
+
+
+class TextTower(nn.Module):
+    """`encode_text` of an open_clip model, without the parts of the model that it does not use."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        half = copy.copy(model)
+        # open_clip has no text tower that stands alone, so this is its model with the other half left out. The tensors
+        # are shared; the two dictionaries are not, or the model itself would lose that half.
+        half._modules = {name: part for name, part in model._modules.items() if name not in ("visual", "text_decoder")}
+        half._parameters = {
+            name: tensor for name, tensor in model._parameters.items() if name not in ("logit_scale", "logit_bias")
+        }
+        self.model = half
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(T, context length) to (T, dim), not normalised."""
+        features: Tensor = self.model.encode_text(tokens, normalize=False)  # type: ignore[operator]
+        return features
+
+
+class SentenceEmbedding(nn.Module):
+    """The embedding that the modules of a sentence-transformers model end in."""
+
+    def __init__(self, network: nn.Sequential) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, tokens: dict[str, Tensor]) -> Tensor:
+        """A tokenizer's tensors of T rows to (T, dim)."""
+        # The modules write their results into the dictionary that they are given.
+        features: Tensor = self.network(dict(tokens))["sentence_embedding"]
         return features
 
 

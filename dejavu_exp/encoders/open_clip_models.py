@@ -1,17 +1,24 @@
-"""Encoders from open_clip: the image tower, and the image tower against a vocabulary."""
+"""Encoders from open_clip: both towers, and the image tower against a vocabulary.
+
+`build_clip`, `tokenizer_of` and `transform_of` are for training: what they give, `OpenClipEncoder` loads again.
+"""
 
 from __future__ import annotations
 
 import difflib
+import json
 import logging
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dejavu_exp.encoders import weights as sources
-from dejavu_exp.encoders.base import LoadedEncoder, Transform, finish
+from dejavu_exp.encoders.base import BOTH, IMAGES, LoadedEncoder, TextTransform, Transform, finish, plain
+from dejavu_exp.encoders.text_encoders import describe_tokenizer, hash_text
 from dejavu_exp.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
@@ -21,44 +28,73 @@ LOGIT_SCALE = 100.0
 """What CLIP's learned scale of the cosine similarity comes to, and is clipped at."""
 URL_CACHE = Path("~/.cache/clip")
 """Where open_clip keeps weights that it fetches by their address."""
+TOKENS = 49408
+"""How many tokens open_clip's own tokenizer knows."""
+PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+"""What may differ between weights of one architecture in how they were shown images."""
+PARTS = ("embed_dim", "vision_cfg", "text_cfg")
+OPTIONS = (
+    "quick_gelu",
+    "custom_text",
+    "multimodal_cfg",
+    "init_logit_scale",
+    "init_logit_bias",
+    "nonscalar_logit_scale",
+)
+"""What an architecture of one's own must and may say."""
 
 
 @dataclass(frozen=True)
 class OpenClipEncoder:
-    """The image tower of any open_clip model: `encode_image`, not normalised.
+    """Any open_clip model: the image tower, `encode_image`, and on demand the text tower, `encode_text`.
 
-    The transform and the activation are those of the published weights `pretrained`, also where the weights
-    themselves are a local copy or random: open_clip alone would forget both.
+    Neither is normalised. The transform and the activation are those of the published weights `pretrained`, also where
+    the weights themselves are a local copy or random: open_clip alone would forget both.
 
     Attributes:
-        arch: the open_clip architecture, e.g. "ViT-B-32-quickgelu".
+        arch: the open_clip architecture, e.g. "ViT-B-32-quickgelu"; with `arch_config` a name of one's own.
         pretrained: the tag of the published weights, e.g. "openai"; None for weights of one's own, which then get
             open_clip's default transform.
         weights: "hub", "random" or the path of a state dict of the whole model, which must fit strictly.
         seed: of random weights.
+        arch_config: an architecture of one's own: embed_dim, vision_cfg and text_cfg as in open_clip's model configs,
+            with open_clip's own tokenizer.
+        preprocess: what to change in the transform: mean, std, interpolation, resize_mode, fill_color.
     """
 
+    reads: ClassVar[frozenset[str]] = BOTH
     arch: str
     pretrained: str | None = None
     weights: str = sources.HUB
     seed: int = 0
+    arch_config: Mapping[str, Any] | None = None
+    preprocess: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _make_plain(self)
 
     def check(self) -> None:
         """See `Encoder.check`."""
-        _Clip(self.arch, self.pretrained, self.weights, self.seed, "model").check()
+        self._clip().check()
 
     def load(self) -> LoadedEncoder:
         """See `Encoder.load`."""
-        clip = _Clip(self.arch, self.pretrained, self.weights, self.seed, "model")
+        clip = self._clip()
         model = clip.build()
-        transform, text = _transform(model)
+        transform, text = transform_of(model)
         return finish(
             _image_tower(model),
             transform,
-            description=f"open_clip {self.arch}, image tower",
+            description=f"open_clip {clip.name}, image tower",
             weights=clip.label(),
             transform_text=text,
             random=self.weights == sources.RANDOM,
+            text=partial(_load_text_tower, clip, model),
+        )
+
+    def _clip(self) -> _Clip:
+        return _Clip(
+            self.arch, self.pretrained, self.weights, self.seed, "model", self.arch_config, self.preprocess or {}
         )
 
 
@@ -74,42 +110,100 @@ class ZeroShotEncoder:
             shipped one, e.g. "scenes".
         template: the text for a tag; "{}" stands for the tag.
         seed: of random weights.
+        arch_config: as for `OpenClipEncoder`.
+        preprocess: as for `OpenClipEncoder`.
     """
 
+    reads: ClassVar[frozenset[str]] = IMAGES
     arch: str
     pretrained: str | None = None
     weights: str = sources.HUB
     vocabulary: str = "scenes"
     template: str = "a photo of {}"
     seed: int = 0
+    arch_config: Mapping[str, Any] | None = None
+    preprocess: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         if self.template.count("{}") != 1:
             raise ConfigError(f"tagger.encoder.template={self.template!r}: must hold {{}} once, where the tag goes.")
 
     def check(self) -> None:
         """See `Encoder.check`."""
-        _Clip(self.arch, self.pretrained, self.weights, self.seed, "tagger.encoder").check()
+        self._clip().check()
         read_vocabulary(self.vocabulary)
 
     def load(self) -> LoadedEncoder:
         """See `Encoder.load`."""
         from dejavu_exp.encoders.modules import ZeroShot
 
-        clip = _Clip(self.arch, self.pretrained, self.weights, self.seed, "tagger.encoder")
+        clip = self._clip()
         tags = read_vocabulary(self.vocabulary)
         model = clip.build()
-        texts = _encode_texts(model, self.arch, [self.template.replace("{}", tag) for tag in tags])
-        transform, text = _transform(model)
+        texts = _encode_texts(model, clip.tokenizer(), [self.template.replace("{}", tag) for tag in tags])
+        transform, text = transform_of(model)
         return finish(
             ZeroShot(_image_tower(model), texts, LOGIT_SCALE),
             transform,
-            description=f"open_clip {self.arch}, zero-shot over {len(tags)} tags, template {self.template!r}",
+            description=f"open_clip {clip.name}, zero-shot over {len(tags)} tags, template {self.template!r}",
             weights=clip.label(),
             transform_text=text,
             random=self.weights == sources.RANDOM,
             classes=tags,
         )
+
+    def _clip(self) -> _Clip:
+        more = (self.arch_config, self.preprocess or {})
+        return _Clip(self.arch, self.pretrained, self.weights, self.seed, "tagger.encoder", *more)
+
+
+def build_clip(
+    arch: str,
+    arch_config: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    preprocess: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """An untrained open_clip model: `encode_image`, `encode_text`, `logit_scale`; random weights from `seed`.
+
+    Its state dict, saved as a .safetensors file, is what `OpenClipEncoder(arch, weights=PATH, arch_config=...)` reads.
+
+    Args:
+        arch: as for `OpenClipEncoder`.
+        arch_config: as for `OpenClipEncoder`.
+        seed: of the weights.
+        preprocess: as for `OpenClipEncoder`; `transform_of` reads it from the model.
+
+    Raises:
+        ConfigError: there is no such architecture, or `arch_config` does not describe one.
+        WeightsError: open_clip lacks a package or a file for the text tower.
+    """
+    config = None if arch_config is None else _plain_mapping(arch_config)
+    return _Clip(arch, None, sources.RANDOM, seed, "model", config, _plain_mapping(preprocess or {})).build()
+
+
+def tokenizer_of(arch: str, arch_config: Mapping[str, Any] | None = None) -> TextTransform:
+    """The tokenizer of an architecture: a list of T texts to tokens of shape (T, context length), int64.
+
+    Longer texts are cut at the end. It can be pickled.
+
+    Raises:
+        ConfigError: as for `build_clip`.
+        WeightsError: its files are neither here nor to be had.
+    """
+    config = None if arch_config is None else _plain_mapping(arch_config)
+    clip = _Clip(arch, None, sources.RANDOM, 0, "model", config, {})
+    clip.check()
+    return clip.tokenizer()
+
+
+def transform_of(model: nn.Module) -> tuple[Transform, str]:
+    """The inference transform noted on an open_clip model, and its full text."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    config = PreprocessCfg(**model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
+    transform: Transform = image_transform_v2(config, is_train=False)
+    return transform, f"{transform}\n{asdict(config)}"
 
 
 def read_vocabulary(vocabulary: str) -> tuple[str, ...]:
@@ -148,8 +242,49 @@ class _Clip:
     weights: str
     seed: int
     key: str
+    arch_config: Mapping[str, Any] | None
+    preprocess: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The architecture in a description; one of the user's own is known by its content."""
+        if self.arch_config is None:
+            return self.arch
+        return f"{self.arch} (own architecture {hash_text(json.dumps(self.arch_config, sort_keys=True))[:12]})"
 
     def check(self) -> None:
+        unknown = sorted(set(self.preprocess) - set(PREPROCESS))
+        if unknown:
+            raise ConfigError(f"{self.key}.preprocess.{unknown[0]}: must be one of {', '.join(PREPROCESS)}.")
+        sources.check_source(self.weights, f"{self.key}.weights")
+        if self.arch_config is None:
+            self._check_published()
+        else:
+            self._check_own(self.arch_config)
+
+    def _check_own(self, config: Mapping[str, Any]) -> None:
+        """Check an architecture of one's own as far as that goes without building it."""
+        import open_clip
+
+        key = f"{self.key}.arch_config"
+        if self.pretrained is not None or self.weights == sources.HUB:
+            raise ConfigError(
+                f"{key} describes an architecture of your own, which has no published weights. Set {self.key}.weights "
+                f"to a file or to {sources.RANDOM}, and {self.key}.pretrained to null."
+            )
+        _check_names(config, PARTS, (*PARTS, *OPTIONS), key)
+        for part, known in (("vision_cfg", open_clip.CLIPVisionCfg), ("text_cfg", open_clip.CLIPTextCfg)):
+            _check_names(config[part], (), [field.name for field in fields(known)], f"{key}.{part}")
+        text = config["text_cfg"]
+        if text.get("hf_tokenizer_name") or text.get("hf_model_name"):
+            raise ConfigError(f"{key}.text_cfg: an architecture of your own has open_clip's tokenizer; leave hf_* out.")
+        if text.get("vocab_size", TOKENS) < TOKENS:
+            raise ConfigError(
+                f"{key}.text_cfg.vocab_size={text['vocab_size']}: open_clip's tokenizer has {TOKENS} tokens; set it to "
+                f"{TOKENS}, or leave it out."
+            )
+
+    def _check_published(self) -> None:
         import open_clip
 
         if self.arch not in open_clip.list_models():
@@ -158,7 +293,6 @@ class _Clip:
                 f"{self.key}.arch={self.arch}: open_clip has no such model"
                 f"{' (did you mean ' + ', '.join(near) + '?)' if near else ''}. open_clip.list_models() lists all."
             )
-        sources.check_source(self.weights, f"{self.key}.weights")
         if self.pretrained is not None:
             self._check_tag(self.pretrained)
         elif self.weights == sources.HUB:
@@ -234,7 +368,9 @@ class _Clip:
                     sources.require_answer(name, published["url"], key)
         try:
             with sources.seeded(self.seed):
-                model: nn.Module = open_clip.create_model(self.arch, pretrained=self.pretrained)
+                model: nn.Module = open_clip.create_model(
+                    self.arch, pretrained=self.pretrained, force_preprocess_cfg=dict(self.preprocess)
+                )
         except (ImportError, OSError, RuntimeError) as error:
             raise sources.hub_error(name, sources.why(error), key) from error
         return model
@@ -243,26 +379,59 @@ class _Clip:
         import open_clip
 
         published = self._published()
-        preprocess = {k: published[k] for k in ("mean", "std", "interpolation", "resize_mode") if k in published}
+        preprocess = {name: published[name] for name in PREPROCESS if name in published} | dict(self.preprocess)
         try:
-            with sources.seeded(self.seed), _without_open_clip_warning():
-                model: nn.Module = open_clip.create_model(
-                    self.arch, pretrained_text=False, force_preprocess_cfg=preprocess
-                )
+            with sources.seeded(self.seed), _without_open_clip_warning(), self._as_open_clip_names_it() as name:
+                model: nn.Module = open_clip.create_model(name, pretrained_text=False, force_preprocess_cfg=preprocess)
         except (ImportError, OSError, RuntimeError) as error:
             raise WeightsError(
                 f"{self.key}.arch={self.arch}: open_clip cannot build it ({sources.why(error)}). Its text tower needs "
                 f"files or packages that are not here; install them, or choose an arch with open_clip's own text tower."
             ) from error
+        # What open_clip and torch say, in many kinds of error, to numbers that do not go together.
+        except (AssertionError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            if self.arch_config is None:
+                raise
+            raise ConfigError(
+                f"{self.key}.arch_config: open_clip cannot build it ({sources.why(error)}). Check that the widths are "
+                "multiples of head_width and heads, and image_size of patch_size."
+            ) from error
         return model
+
+    @contextmanager
+    def _as_open_clip_names_it(self) -> Iterator[str]:
+        """The name under which open_clip finds the architecture; one's own lies in a folder meanwhile."""
+        if self.arch_config is None:
+            yield self.arch
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            content = json.dumps({"model_cfg": self.arch_config, "preprocess_cfg": {}})
+            Path(folder, "open_clip_config.json").write_text(content, encoding="utf-8")
+            yield f"local-dir:{folder}"
+
+    def tokenizer(self) -> TextTransform:
+        """See `tokenizer_of`."""
+        import open_clip
+
+        try:
+            with self._as_open_clip_names_it() as name:
+                tokenizer: TextTransform = open_clip.get_tokenizer(name)
+        # transformers answers a file that cannot be had with several kinds of error.
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
+            raise WeightsError(
+                f"{self.key}.arch={self.arch}: its tokenizer cannot be had ({sources.why(error)}). Connect to the "
+                f"network once, or choose an arch with open_clip's own tokenizer, e.g. ViT-B-32-quickgelu."
+            ) from error
+        return tokenizer
 
 
 @contextmanager
 def _without_open_clip_warning() -> Iterator[None]:
-    """Silence open_clip's warning that no weights were loaded, which it gives before we load them."""
+    """Silence open_clip's warnings that no weights were loaded, which it gives before we load them."""
+    warnings = ("No pretrained weights loaded for model", "Local config loaded, but no CLIP weights found")
 
     def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("No pretrained weights loaded for model")
+        return not record.getMessage().startswith(warnings)
 
     root = logging.getLogger()
     # open_clip logs through the root logger; without a handler its first message would set one up for everybody.
@@ -302,31 +471,65 @@ def _image_tower(model: nn.Module) -> nn.Module:
     return ImageTower(model)
 
 
-def _transform(model: nn.Module) -> tuple[Transform, str]:
-    """The inference transform noted on the model, and its full text."""
-    from open_clip.transform import PreprocessCfg, image_transform_v2
+def _load_text_tower(clip: _Clip, model: nn.Module) -> LoadedEncoder:
+    """The text half of a model that is already there."""
+    from dejavu_exp.encoders.modules import TextTower
 
-    config = PreprocessCfg(**model.visual.preprocess_cfg)  # type: ignore[union-attr, arg-type]
-    transform: Transform = image_transform_v2(config, is_train=False)
-    return transform, f"{transform}\n{asdict(config)}"
+    tokenizer = clip.tokenizer()
+    return finish(
+        TextTower(model),
+        tokenizer,
+        description=f"open_clip {clip.name}, text tower",
+        weights=clip.label(),
+        transform_text=_describe(tokenizer),
+        random=clip.weights == sources.RANDOM,
+        reads="texts",
+    )
 
 
-def _encode_texts(model: nn.Module, arch: str, texts: list[str], batch: int = 64) -> Tensor:
+def _describe(tokenizer: Any) -> str:  # noqa: ANN401
+    """Everything that decides what one of open_clip's three kinds of tokenizer gives."""
+    options = {name: getattr(tokenizer, name, None) for name in ("tokenizer_mode", "strip_sep_token")}
+    clean = getattr(getattr(tokenizer, "clean_fn", None), "__name__", None)
+    if hasattr(tokenizer, "tokenizer"):
+        vocabulary = describe_tokenizer(tokenizer.tokenizer)
+    else:
+        vocabulary = f"{len(tokenizer.encoder)} tokens {hash_text(repr(sorted(tokenizer.encoder.items())))}"
+    return (
+        f"{type(tokenizer).__name__}, {vocabulary}, context length {tokenizer.context_length}, cleaning {clean}, "
+        f"{options}"
+    )
+
+
+def _encode_texts(model: nn.Module, tokenizer: TextTransform, texts: list[str], batch: int = 64) -> Tensor:
     """Text embeddings, shape (len(texts), dim), not normalised."""
-    import open_clip
     import torch
 
-    try:
-        tokenizer = open_clip.get_tokenizer(arch)
-    except (ImportError, OSError, RuntimeError) as error:
-        raise WeightsError(
-            f"tagger.encoder.arch={arch}: its tokenizer cannot be had ({sources.why(error)}). "
-            f"Connect to the network once, or choose an arch with open_clip's own tokenizer, e.g. ViT-B-32-quickgelu."
-        ) from error
-    model.eval()
+    from dejavu_exp.encoders.modules import TextTower
+
+    tower = TextTower(model).eval()
     with torch.no_grad():
-        parts = [
-            model.encode_text(tokenizer(texts[start : start + batch]))  # type: ignore[operator]
-            for start in range(0, len(texts), batch)
-        ]
+        parts = [tower(tokenizer(texts[start : start + batch])) for start in range(0, len(texts), batch)]
     return torch.cat(parts)
+
+
+def _check_names(config: object, required: Iterable[str], known: Iterable[str], key: str) -> None:
+    """Check the keys of a part of a configuration."""
+    if not isinstance(config, Mapping):
+        raise ConfigError(f"{key}={config}: must be a mapping, as in open_clip's model configs.")
+    missing = [name for name in required if name not in config]
+    unknown = sorted(set(config) - set(known))
+    if missing or unknown:
+        problem = f"{key}.{missing[0]} is missing" if missing else f"{key}.{unknown[0]}: open_clip knows no such key"
+        raise ConfigError(f"{problem}. The keys are {', '.join(known)}.")
+
+
+def _make_plain(encoder: OpenClipEncoder | ZeroShotEncoder) -> None:
+    for name in ("arch_config", "preprocess"):
+        value = getattr(encoder, name)
+        object.__setattr__(encoder, name, None if value is None else _plain_mapping(value))
+
+
+def _plain_mapping(value: Mapping[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = plain(value)  # type: ignore[assignment]
+    return content

@@ -6,10 +6,10 @@ import difflib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from dejavu_exp.encoders import weights as sources
-from dejavu_exp.encoders.base import LoadedEncoder, finish
+from dejavu_exp.encoders.base import IMAGES, LoadedEncoder, finish
 from dejavu_exp.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class TimmEncoder:
         key: where the configuration has this encoder, for errors.
     """
 
+    reads: ClassVar[frozenset[str]] = IMAGES
     arch: str
     weights: str = sources.HUB
     output: str = "features"

@@ -7,13 +7,17 @@ from typing import Protocol
 
 import polars as pl
 
+from dejavu_exp import crops
+from dejavu_exp.crops import ViewRule
 from dejavu_exp.datasets.base import Manifest
 from dejavu_exp.encoders import Encoder, LoadedEncoder
+from dejavu_exp.errors import ConfigError
 from dejavu_exp.evidence import Evidence
 from dejavu_exp.extract import Extractor
 from dejavu_exp.neighbours import KnnProbe
+from dejavu_exp.tables import Status
 from dejavu_exp.taggers import Tagger
-from dejavu_exp.training import TrainedEncoder, TrainingInputs
+from dejavu_exp.training import TrainedHere, TrainingInputs
 
 
 @dataclass(frozen=True)
@@ -21,9 +25,11 @@ class ReferenceInputs:
     """All a reference may look at.
 
     Attributes:
-        queries: views to judge, columns of `tables.VIEWS`, status ok, roles target and unseen; labels must not be used.
-        heldout: views of the heldout role, which references learn from; their labels may be used.
-        bank: views of the public images, status ok; their labels may be used.
+        queries: views to judge, columns of `tables.VIEWS`, status ok, roles target and unseen; their label and truth
+            must not be used.
+        heldout: views of the heldout role, which references learn from; their truth may be used.
+        bank: views of the public rows, status ok; their truth may be used.
+        rows: the manifest's rows that have a role, for references that look at other views of them.
         probe: how the encoder under test is asked.
         target: evidence of the encoder under test for the queries; for floors only.
         encoder: the encoder under test, for a test in both directions only.
@@ -38,6 +44,7 @@ class ReferenceInputs:
     queries: pl.DataFrame
     heldout: pl.DataFrame
     bank: pl.DataFrame
+    rows: pl.DataFrame
     probe: KnnProbe
     target: Evidence
     encoder: LoadedEncoder
@@ -47,6 +54,16 @@ class ReferenceInputs:
     tagger: Tagger
     training: TrainingInputs
     seed: int
+
+    def shown(self, views: pl.DataFrame, made_by: ViewRule, rule: ViewRule) -> pl.DataFrame:
+        """The rows of `views` as another rule shows them, with their truth; those that it cannot show are left out."""
+        if rule == made_by:
+            return views
+        known = views.select("id", "role", "truth")
+        rows = known.join(self.rows.drop("role"), on="id", how="left", validate="1:1", maintain_order="left")
+        truth = known.select("id", "truth")
+        other = crops.views(rows, rule).drop("truth").join(truth, on="id", validate="1:1", maintain_order="left")
+        return other.filter(pl.col("status") == Status.OK).select(views.columns)
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,7 @@ class OtherDirection:
 class Reference(Protocol):
     """A reference as configured."""
 
-    def check(self, tagger: Tagger, model: Encoder | TrainedEncoder) -> None:
+    def check(self, tagger: Tagger, model: Encoder | TrainedHere, probe: KnnProbe) -> None:
         """Find what cannot work before any image is read.
 
         Raises:
@@ -112,3 +129,16 @@ class OneDirection:
     def other_direction(self, inputs: ReferenceInputs) -> OtherDirection | None:
         """See `Reference.other_direction`."""
         return None
+
+
+def check_shows_images(probe: KnnProbe, name: str) -> None:
+    """Refuse a probe that shows captions to a reference that names the label of a region of an image.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if probe.query.reads != "images":
+        raise ConfigError(
+            f"references.{name} infers the label from a region of an image, and the probe asks with a "
+            f"{probe.query.name}. Choose reference=text_embedding or two_model, or a probe that shows images."
+        )

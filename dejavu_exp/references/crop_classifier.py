@@ -12,9 +12,10 @@ from dejavu_exp import evidence, provenance
 from dejavu_exp.encoders import Encoder, LoadedEncoder, TimmEncoder
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.evidence import Evidence
-from dejavu_exp.references.base import OneDirection, ReferenceInputs
+from dejavu_exp.neighbours import KnnProbe
+from dejavu_exp.references.base import OneDirection, ReferenceInputs, check_shows_images
 from dejavu_exp.taggers import Tagger
-from dejavu_exp.training import Job, Recipe, TrainedEncoder, TrainingInputs, training_views
+from dejavu_exp.training import Job, Recipe, TrainedHere, TrainingInputs, training_views
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ class CropClassifier(OneDirection):
         """See `Reference.is_trained`."""
         return True
 
-    def check(self, tagger: Tagger, model: Encoder | TrainedEncoder) -> None:
-        """The architecture exists."""
+    def check(self, tagger: Tagger, model: Encoder | TrainedHere, probe: KnnProbe) -> None:
+        """The probe shows images, and the architecture exists."""
+        check_shows_images(probe, "crop_classifier")
         self.network.check()
 
     def train(self, inputs: TrainingInputs) -> list[LoadedEncoder]:

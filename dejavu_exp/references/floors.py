@@ -15,16 +15,20 @@ from dejavu_exp.taggers import Tagger
 
 @dataclass(frozen=True)
 class ClassPrior(OneDirection):
-    """Every query gets the label frequencies of the heldout role; with equal frequencies all labels tie."""
+    """Every query gets the label frequencies of the heldout role; with equal frequencies all labels tie.
 
-    def check(self, tagger: Tagger, model: object) -> None:
+    Where the truth is a set, a label's frequency is the share of heldout rows that carry it.
+    """
+
+    def check(self, tagger: Tagger, model: object, probe: object) -> None:
         """Nothing can fail."""
 
     def evidence(self, inputs: ReferenceInputs) -> Evidence:
         """See `Reference.evidence`; ties go to the label that comes first."""
-        counts = dict(inputs.heldout.group_by("label").len().iter_rows())
+        carried = inputs.heldout.select(pl.col("truth").list.unique()).explode("truth", empty_as_null=False)
+        counts = dict(carried.group_by("truth").len().iter_rows())
         prior = np.array([counts.get(label, 0) for label in inputs.labels], dtype=np.float64)
-        prior = prior / prior.sum() if prior.sum() else np.full(len(prior), 1 / len(prior))
+        prior = prior / len(inputs.heldout) if prior.any() else np.full(len(prior), 1 / len(prior))
         probabilities = np.tile(prior.astype(np.float32), (len(inputs.queries), 1))
         return evidence.from_probabilities(inputs.queries["id"].to_list(), inputs.labels, probabilities)
 
@@ -37,7 +41,7 @@ class LabelShuffle(OneDirection):
     for this encoder on these labels.
     """
 
-    def check(self, tagger: Tagger, model: object) -> None:
+    def check(self, tagger: Tagger, model: object, probe: object) -> None:
         """Nothing can fail."""
 
     def evidence(self, inputs: ReferenceInputs) -> Evidence:
@@ -50,5 +54,11 @@ class LabelShuffle(OneDirection):
         pairs = pl.concat(shuffled)
         given = inputs.target.take(pairs["giver"].to_list())
         return Evidence(
-            tuple(pairs["id"]), given.labels, given.probabilities, given.ranking, given.confidence, given.tied
+            tuple(pairs["id"]),
+            given.labels,
+            given.probabilities,
+            given.ranking,
+            given.confidence,
+            given.tied,
+            given.distance,
         ).take(inputs.queries["id"].to_list())

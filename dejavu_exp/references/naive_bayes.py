@@ -14,8 +14,9 @@ import polars as pl
 from dejavu_exp import evidence, provenance, taggers
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.evidence import Evidence
-from dejavu_exp.references.base import OneDirection, ReferenceInputs
-from dejavu_exp.tables import BoolArray, FloatArray, Status
+from dejavu_exp.neighbours import KnnProbe
+from dejavu_exp.references.base import OneDirection, ReferenceInputs, check_shows_images
+from dejavu_exp.tables import BoolArray, FloatArray
 from dejavu_exp.taggers import Tagger
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,9 @@ class NaiveBayes(OneDirection):
                 "references.naive_bayes.frequencies is read by compat=authors only; set that, or null here."
             )
 
-    def check(self, tagger: Tagger, model: object) -> None:
-        """The tagger can work, and the frequency files are there."""
+    def check(self, tagger: Tagger, model: object, probe: KnnProbe) -> None:
+        """The probe shows images, the tagger can work, and the frequency files are there."""
+        check_shows_images(probe, "naive_bayes")
         tagger.check()
         if self.frequencies is not None and not Path(self.frequencies).is_dir():
             raise ConfigError(f"references.naive_bayes.frequencies={self.frequencies}: there is no such folder.")
@@ -72,7 +74,7 @@ class NaiveBayes(OneDirection):
     def evidence(self, inputs: ReferenceInputs) -> Evidence:
         """See `Reference.evidence`. A query whose image the tagger could not read has no evidence."""
         learn = inputs.heldout if self.frequencies is None else inputs.heldout.clear()
-        tags = tag_views(pl.concat([learn, inputs.queries]), inputs)
+        tags = taggers.tag_views(inputs.tagger, pl.concat([learn, inputs.queries]), inputs.manifest, inputs.extractor)
         known = learn.join(tags, on="view_id", validate="1:1", maintain_order="left").filter(
             pl.col("status_right") == "ok"
         )
@@ -105,17 +107,6 @@ class NaiveBayes(OneDirection):
         rule = {"smoothing": self.smoothing} if self.laplace else {}
         scores = authors_scores(questions, counts, self.top_tags, laplace=self.laplace, **rule)
         return authors_evidence(inputs.queries["id"].to_list(), list(counts), scores)
-
-
-def tag_views(views: pl.DataFrame, inputs: ReferenceInputs) -> pl.DataFrame:
-    """Tags of views, columns of `tables.TAGS` plus status; the tagger's network runs once, through the cache."""
-    encoder = inputs.tagger.encoder
-    if encoder is None:
-        return inputs.tagger.tag(views, inputs.manifest, None, None)
-    found = inputs.extractor.embed(encoder.load(), views, inputs.manifest.store, "tagging")
-    tags = inputs.tagger.tag(views, inputs.manifest, np.nan_to_num(found.values), found.classes)
-    readable = pl.Series(found.readable)
-    return tags.with_columns(status=pl.when(readable).then("status").otherwise(pl.lit(str(Status.UNREADABLE))))
 
 
 def posterior(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html as escaping
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,8 @@ from rich.table import Table
 
 from dejavu_exp import metrics
 from dejavu_exp.report import plots
-from dejavu_exp.report.terminal import WIDTH, percent
+from dejavu_exp.report.terminal import WIDTH
+from dejavu_exp.report.wording import percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,8 +35,71 @@ LOG_RANGE = 30
 """A setting whose largest value is this many times the smallest is drawn on a logarithmic axis."""
 LINE_COLOURS = ("#b3261e", "#1f5fa8", "#3f6b4f", "#e8a33d", "#6b4f9e", "#2a8f9c", "#8a5a2b", "#c2508f")
 TRAINED_HERE, READY_MADE = plots.TARGET, plots.REFERENCE
-GAPS = {"corrected_gap": "corrected gap", "gap": "raw gap"}
-"""Columns that show memorization, the best first: a raw gap also holds what the encoder merely knows better."""
+TWO_KINDS = (
+    "Runs that infer labels and runs that infer objects stand in tables and plots of their own: accuracy and recall, "
+    "gap and PRG are different quantities."
+)
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How runs of one kind are told.
+
+    Attributes:
+        name: of the kind, where both are there.
+        sentence: what the figures are.
+        title: of the table in the terminal.
+        rows: which rows of the table are shown.
+        key: column of the table that tells rows of a reference apart, and its heading.
+        accuracies: headings of target_accuracy and reference_accuracy.
+        gaps: headings of gap, gap_unseen and corrected_gap.
+        accuracy: of a plot's axis.
+        shares: what the quadrants are.
+    """
+
+    name: str
+    sentence: str
+    title: str
+    rows: pl.Expr
+    key: tuple[str, str]
+    accuracies: tuple[str, str]
+    gaps: tuple[str, str, str]
+    accuracy: str
+    shares: str
+
+
+WORDINGS = {
+    "label": Wording(
+        name="labels",
+        sentence="Top-1 accuracy at naming the label from the view alone, in % with the runs' own bootstrap intervals. "
+        "The gap is the encoder's accuracy less the reference's, each on its own most confident rows; the corrected "
+        "gap is the gap on target rows less the gap on unseen rows, which holds what the encoder merely knows better.",
+        title="Top-1 accuracy, % [interval]",
+        rows=pl.col("top") == "top1",
+        key=("surest", "surest"),
+        accuracies=("target", "reference's"),
+        gaps=("gap", "gap, unseen", "corrected gap"),
+        accuracy="accuracy on target rows, %",
+        shares="Memorized: the encoder alone names the label; correlated: both do; forgotten: the reference alone; "
+        "unassociated: neither.",
+    ),
+    "objects": Wording(
+        name="objects",
+        sentence="Mean recall of the objects in an image named from the view alone, in % with the runs' own bootstrap "
+        "intervals. PRG is the share of rows where the encoder finds more of the objects than the reference less the "
+        "share where it finds fewer; the corrected PRG is that of target rows less that of unseen rows, which holds "
+        "what the encoder merely knows better. Predicted: all objects with any evidence, or the 10 or the 1 with most.",
+        title="Objects found: mean recall and PRG, % [interval]",
+        rows=pl.lit(value=True),
+        key=("top", "predicted"),
+        accuracies=("recall", "reference's"),
+        gaps=("PRG", "PRG, unseen", "corrected PRG"),
+        accuracy="mean recall on target rows, %",
+        shares="Memorized: the encoder finds more of the objects; correlated: both find equally many; forgotten: the "
+        "reference finds more; unassociated: neither finds any.",
+    ),
+}
+"""By what a run infers."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +115,7 @@ class Comparison:
     """Many runs in one table.
 
     Attributes:
-        table: a row per run, reference, top and confident share.
+        table: a row per run, reference, top and confident share; of an object run, `top` is the prediction.
         settings: columns of the table that are keys of the configuration: those that tell the runs apart.
         skipped: run folders left out.
         files: where it was written, the report first; none where it was not.
@@ -62,10 +126,23 @@ class Comparison:
     skipped: tuple[Skipped, ...]
     files: tuple[Path, ...] = ()
 
+    def kinds(self) -> list[Comparison]:
+        """A comparison of the runs that infer labels, and one of those that infer objects; those that there are."""
+        parts = {kind: self.table.filter(pl.col("infers") == kind) for kind in WORDINGS}
+        return [replace(self, table=table) for table in parts.values() if len(table)]
+
+    @property
+    def wording(self) -> Wording:
+        """How the runs are told; of one kind only."""
+        return WORDINGS[self.table["infers"][0]]
+
+    def shown(self) -> pl.DataFrame:
+        """The rows that are told, of one kind of runs."""
+        return self.table.filter(self.wording.rows)
+
     def widest(self) -> pl.DataFrame:
-        """Top-1 rows at the largest confident share that each run reports: one row per run and reference."""
-        top = self.table.filter(pl.col("top") == 1)
-        return top.filter(pl.col("surest") == pl.col("surest").max().over("run", "reference"))
+        """One row per run and reference: top-1 at the largest confident share, or the headline's prediction."""
+        return self.table.unique(["run", "reference"], keep="first", maintain_order=True)
 
     def runs(self) -> pl.DataFrame:
         """The first row of each run."""
@@ -204,21 +281,19 @@ def _estimate(row: Mapping[str, Any], column: str) -> dict[str, Any]:
     return {"value": row[column], "low": row[f"{column}_low"], "high": row[f"{column}_high"]}
 
 
-def headline_rows(table: pl.DataFrame) -> list[dict[str, str]]:
+def headline_rows(table: pl.DataFrame, wording: Wording) -> list[dict[str, str]]:
     """Rows of a comparison to be read: the figures in % with their intervals."""
     optional = {"both directions": "both_directions", "planted AUROC": "planted_auroc"}
-    shown = {name: column for name, column in optional.items() if table[column].count()}
+    shown = dict(zip(wording.accuracies, ("target_accuracy", "reference_accuracy"), strict=True))
+    shown |= dict(zip(wording.gaps, ("gap", "gap_unseen", "corrected_gap"), strict=True))
+    shown |= {name: column for name, column in optional.items() if table[column].count()}
+    column, heading = wording.key
     return [
         {
             "run": row["run"],
             "encoder": _encoder(row),
             "reference": row["reference"],
-            "surest": f"{row['surest']:g} %",
-            "target": percent(_estimate(row, "target_accuracy")),
-            "reference's": percent(_estimate(row, "reference_accuracy")),
-            "gap": percent(_estimate(row, "gap")),
-            "gap, unseen": percent(_estimate(row, "gap_unseen")),
-            "corrected gap": percent(_estimate(row, "corrected_gap")),
+            heading: row[column] if isinstance(row[column], str) else f"{row[column]:g} %",
             **{name: percent(_estimate(row, column)) for name, column in shown.items()},
             "rows": f"{_plain(row['gap_n_used'])} ({_plain(row['gap_n_excluded'])} excluded)",
         }
@@ -243,6 +318,7 @@ def run_rows(comparison: Comparison) -> list[dict[str, str]]:
             "epoch": _plain(row["epoch"]),
             "dataset": row["dataset"],
             "split": row["split"],
+            **({"infers": row["infers"]} if len(comparison.kinds()) > 1 else {}),
             **{name.removeprefix("utility_"): _number(_estimate(row, name)) for name in utility},
             **{key: _plain(row[key]) for key in comparison.settings},
         }
@@ -262,14 +338,10 @@ def _digits(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def explanation(comparison: Comparison) -> list[str]:
-    """What the figures are, and what to be aware of: sentences."""
+def notes(comparison: Comparison) -> list[str]:
+    """What to be aware of: sentences."""
     runs = comparison.runs()
-    sentences = [
-        "Top-1 accuracy at naming the label from the view alone, in % with the runs' own bootstrap intervals. The "
-        "gap is the encoder's accuracy less the reference's, each on its own most confident rows; the corrected gap is "
-        "the gap on target rows less the gap on unseen rows, which holds what the encoder merely knows better."
-    ]
+    sentences = [TWO_KINDS] if len(comparison.kinds()) > 1 else []
     if runs["split"].n_unique() > 1:
         sentences.append(
             f"The runs measure {runs['split'].n_unique()} different sets of rows (column split): a difference between "
@@ -287,11 +359,15 @@ def explanation(comparison: Comparison) -> list[str]:
 def markdown(comparison: Comparison) -> str:
     """The comparison to be read as text: the figures, the runs, and what was left out."""
     runs = len(comparison.runs())
-    top = comparison.table.filter(pl.col("top") == 1)
+    figures = [
+        text
+        for kind in comparison.kinds()
+        for text in (kind.wording.sentence, _markdown_table(headline_rows(kind.shown(), kind.wording)))
+    ]
     parts = [
         f"# Comparison of {runs} run{'s' if runs != 1 else ''}",
-        *explanation(comparison),
-        _markdown_table(headline_rows(top)),
+        *notes(comparison),
+        *figures,
         "## The runs",
         "After the split: utility measures, in their own units, and the settings that tell the runs apart.",
         _markdown_table(run_rows(comparison)),
@@ -320,22 +396,30 @@ def html(comparison: Comparison) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    return environment.from_string(TEMPLATE).render(
+        notes=notes(comparison),
+        kinds=[_kind_parts(kind) for kind in comparison.kinds()],
+        runs=run_rows(comparison),
+        skipped=comparison.skipped,
+        most_lines=MOST_LINES,
+    )
+
+
+def _kind_parts(comparison: Comparison) -> dict[str, Any]:
+    """What the page shows of the runs of one kind."""
     names = comparison.references()
     drawn = names[:MOST_REFERENCES]
     found = [sweep for sweep in sweeps(comparison) if sweep.reference in drawn]
     by_reference = {name: comparison.widest().filter(pl.col("reference") == name) for name in drawn}
-    return environment.from_string(TEMPLATE).render(
-        sentences=explanation(comparison),
-        rows=headline_rows(comparison.table.filter(pl.col("top") == 1)),
-        runs=run_rows(comparison),
-        skipped=comparison.skipped,
-        sweeps=[(sweep, accuracy_plot(sweep), gap_plot(sweep)) for sweep in found[:MOST_SWEEPS]],
-        more_sweeps=[f"{sweep.setting} against {sweep.reference}" for sweep in found[MOST_SWEEPS:]],
-        shares=[(name, share_plot(rows), _cap(len(rows))) for name, rows in by_reference.items()],
-        gaps=[(name, encoder_plot(rows), _cap(len(rows))) for name, rows in by_reference.items()],
-        more_references=names[MOST_REFERENCES:],
-        most_lines=MOST_LINES,
-    )
+    return {
+        "wording": comparison.wording,
+        "rows": headline_rows(comparison.shown(), comparison.wording),
+        "sweeps": [(sweep, accuracy_plot(sweep), gap_plot(sweep)) for sweep in found[:MOST_SWEEPS]],
+        "more_sweeps": [f"{sweep.setting} against {sweep.reference}" for sweep in found[MOST_SWEEPS:]],
+        "shares": [(name, share_plot(rows), _cap(len(rows))) for name, rows in by_reference.items()],
+        "gaps": [(name, encoder_plot(rows), _cap(len(rows))) for name, rows in by_reference.items()],
+        "more_references": names[MOST_REFERENCES:],
+    }
 
 
 def _cap(count: int) -> str:
@@ -373,7 +457,7 @@ def accuracy_plot(sweep: Sweep) -> str:
     axes.plot([], [], color="black", linestyle="--", linewidth=1, label=_label(sweep.reference))
     bottom, top = axes.get_ylim()
     axes.set_ylim(max(bottom, 0), min(top, 102))
-    _finish(axes, sweep, "accuracy on target rows, %")
+    _finish(axes, sweep, _wording(sweep.series[0].rows).accuracy)
     axes.legend(frameon=False, fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return plots._uri(figure)
 
@@ -388,7 +472,8 @@ def gap_plot(sweep: Sweep) -> str:
         axes.vlines(x, low, high, color=colour, linewidth=1.4, alpha=0.6)
         axes.plot(x, value, color=colour, marker="o", markersize=4, markerfacecolor="white" if raw else colour)
     axes.axhline(0, color="black", linewidth=0.8)
-    _finish(axes, sweep, _gap_title({series.gap() for series in sweep.series[:MOST_LINES]}))
+    columns = {series.gap() for series in sweep.series[:MOST_LINES]}
+    _finish(axes, sweep, _gap_title(columns, _wording(sweep.series[0].rows)))
     return plots._uri(figure)
 
 
@@ -403,8 +488,15 @@ def _finish(axes: Axes, sweep: Sweep, ylabel: str) -> None:
     axes.set_ylabel(ylabel)
 
 
-def _gap_title(columns: set[str]) -> str:
-    names = [name for column, name in GAPS.items() if column in columns]
+def _wording(rows: pl.DataFrame) -> Wording:
+    return WORDINGS[rows["infers"][0]]
+
+
+def _gap_title(columns: set[str], wording: Wording) -> str:
+    """The columns that are drawn, the best first: a raw gap also holds what the encoder merely knows better."""
+    raw, _, corrected = wording.gaps
+    titles = {"corrected_gap": corrected, "gap": f"raw {raw}"}
+    names = [name for column, name in titles.items() if column in columns]
     return f"{' (filled) or '.join(names)}{' (hollow)' if len(names) > 1 else ''}, points"
 
 
@@ -453,7 +545,7 @@ def encoder_plot(rows: pl.DataFrame) -> str:
     axes.hlines(places, lows, highs, color=plots.INTERVAL, linewidth=1.2)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
-    axes.set_xlabel(_gap_title({"gap" if raw else "corrected_gap" for raw in rows["raw"]}))
+    axes.set_xlabel(_gap_title({"gap" if raw else "corrected_gap" for raw in rows["raw"]}, _wording(rows)))
     for here, name, colour in ((True, "trained here", TRAINED_HERE), (False, "ready-made", READY_MADE)):
         if here in rows["trained_here"].to_list():
             axes.barh(0, 0, color=colour, label=name)
@@ -512,13 +604,9 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
     console = console or Console()
     if not console.is_terminal:
         console.width = max(console.width, WIDTH)
-    rows = headline_rows(comparison.widest())
-    wide, narrow = (_table(rows[:MOST_ROWS], narrow=narrow) for narrow in (False, True))
-    needed = console.measure(wide, options=console.options.update(width=10 * WIDTH)).maximum
-    console.print(wide if needed <= console.width else narrow)
-    if len(rows) > MOST_ROWS:
-        console.print(f"{len(rows) - MOST_ROWS} more rows are in the files.", highlight=False)
-    for sentence in explanation(comparison)[1:]:
+    for kind in comparison.kinds():
+        _show_kind(kind, console)
+    for sentence in notes(comparison):
         console.print(f"[yellow]Note: {escape(sentence)}[/]", highlight=False)
     for item in comparison.skipped[:MOST_SKIPPED]:
         console.print(f"[yellow]Left out: {escape(item.run)}: {escape(item.reason)}[/]", highlight=False)
@@ -529,14 +617,25 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
         console.print(str(path), highlight=False, soft_wrap=True, markup=False)
 
 
-def _table(rows: Sequence[Mapping[str, str]], *, narrow: bool) -> Table:
+def _show_kind(comparison: Comparison, console: Console) -> None:
+    """Print the figures of the runs of one kind."""
+    wording = comparison.wording
+    rows = headline_rows(comparison.widest(), wording)
+    wide, narrow = (_table(rows[:MOST_ROWS], wording, narrow=narrow) for narrow in (False, True))
+    needed = console.measure(wide, options=console.options.update(width=10 * WIDTH)).maximum
+    console.print(wide if needed <= console.width else narrow)
+    if len(rows) > MOST_ROWS:
+        console.print(f"{len(rows) - MOST_ROWS} more rows are in the files.", highlight=False)
+
+
+def _table(rows: Sequence[Mapping[str, str]], wording: Wording, *, narrow: bool) -> Table:
     """The headline; where it is narrow, intervals stand below their figure and the accuracies are left out."""
-    accuracies, gaps = ("target", "reference's"), ("gap", "gap, unseen", "corrected gap")
+    accuracies, key = wording.accuracies, wording.key[1]
     # A share is a column of its own only where runs differ in it: at 100 % it would say nothing in every row.
-    shares = {row["surest"] for row in rows}
-    columns = [*(("surest",) if len(shares) > 1 else ()), *(() if narrow else accuracies), *gaps]
-    share = "" if len(shares) > 1 else f", surest {next(iter(shares))}"
-    table = Table(title=escape(f"Top-1 accuracy, % [interval]{share}"), title_justify="left", box=box.SIMPLE_HEAD)
+    shares = {row[key] for row in rows}
+    columns = [*((key,) if len(shares) > 1 else ()), *(() if narrow else accuracies), *wording.gaps]
+    share = "" if len(shares) > 1 else f", {key} {next(iter(shares))}"
+    table = Table(title=escape(f"{wording.title}{share}"), title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("run", "encoder", "reference"):
         table.add_column(column, overflow="fold", max_width=None if not narrow else 14)
     for column in columns:
@@ -580,8 +679,10 @@ figure { margin: .8rem 0; } figure img { max-width: 100%; }
 </head>
 <body>
 <h1>Comparison of {{ runs | length }} run{{ "" if runs | length == 1 else "s" }}</h1>
-<p>{{ sentences[0] }}</p>
-{% for sentence in sentences[1:] %}
+{% for kind in kinds %}
+<p>{{ kind.wording.sentence }}</p>
+{% endfor %}
+{% for sentence in notes %}
 <div class="note">{{ sentence }}</div>
 {% endfor %}
 {% if skipped %}
@@ -601,16 +702,18 @@ the reasons stand at the end.</div>
 {% endfor %}
 </tbody></table></div>
 {% endmacro %}
-<h2>Figures</h2>
-{{ grid(rows) }}
-<p class="soft">comparison.csv and comparison.parquet beside this file also hold top-5, the shares of rows,
+{% for kind in kinds %}
+{% set of = ", " ~ kind.wording.name if kinds | length > 1 else "" %}
+<h2>Figures{{ of }}</h2>
+{{ grid(kind.rows) }}
+<p class="soft">comparison.csv and comparison.parquet beside this file also hold all predictions, the shares of rows,
 and the rows behind each figure.</p>
-{% if sweeps %}
-<h2>By setting</h2>
-<p>All target rows, or the widest share a run reports. Left: accuracy of the encoder (solid, with
-its interval) and of the reference (dashed). Right: the gap with its interval, in the same
+{% if kind.sweeps %}
+<h2>By setting{{ of }}</h2>
+<p>All target rows, or the widest share a run reports. Left: the encoder (solid, with
+its interval) and the reference (dashed). Right: the gap with its interval, in the same
 colours. A line joins runs that differ in this setting alone.</p>
-{% for sweep, accuracy, gap in sweeps %}
+{% for sweep, accuracy, gap in kind.sweeps %}
 <h3>{{ sweep.setting }}, against {{ sweep.reference }}</h3>
 {% if sweep.along %}
 <p class="soft">Changes along with it, so the effect may be theirs: {{ sweep.along | join(", ") }}.</p>
@@ -623,23 +726,23 @@ colours. A line joins runs that differ in this setting alone.</p>
 <figure><img src="{{ gap }}" alt="Gap by {{ sweep.setting }}; the table has the numbers."></figure>
 </div>
 {% endfor %}
-{% if more_sweeps %}<p class="soft">Not drawn: {{ more_sweeps | join("; ") }}.</p>{% endif %}
+{% if kind.more_sweeps %}<p class="soft">Not drawn: {{ kind.more_sweeps | join("; ") }}.</p>{% endif %}
 {% endif %}
-<h2>Encoders trained here and ready-made ones</h2>
-{% for name, picture, cap in gaps %}
+<h2>Encoders trained here and ready-made ones{{ of }}</h2>
+{% for name, picture, cap in kind.gaps %}
 <h3>Against {{ name }}</h3>
 {% if cap %}<p class="soft">{{ cap }}</p>{% endif %}
 <figure><img src="{{ picture }}" alt="Gap of each encoder against {{ name }}; the table has the numbers."></figure>
 {% endfor %}
-<h2>Shares of target rows</h2>
-<p>Memorized: the encoder alone names the label; correlated: both do; forgotten: the reference alone;
-unassociated: neither.</p>
-{% for name, picture, cap in shares %}
+<h2>Shares of target rows{{ of }}</h2>
+<p>{{ kind.wording.shares }}</p>
+{% for name, picture, cap in kind.shares %}
 <h3>Against {{ name }}</h3>
 {% if cap %}<p class="soft">{{ cap }}</p>{% endif %}
 <figure><img src="{{ picture }}" alt="Shares of the four kinds of rows of each run against {{ name }}."></figure>
 {% endfor %}
-{% if more_references %}<p class="soft">No plots against: {{ more_references | join(", ") }}.</p>{% endif %}
+{% if kind.more_references %}<p class="soft">No plots against: {{ kind.more_references | join(", ") }}.</p>{% endif %}
+{% endfor %}
 <h2>The runs</h2>
 <p class="soft">After the split: utility measures, in their own units, and the settings that tell the runs apart.</p>
 {{ grid(runs, "long") }}

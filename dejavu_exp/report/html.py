@@ -5,16 +5,14 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import polars as pl
 
 from dejavu_exp.report import plots
 from dejavu_exp.report.gallery import GalleryItem
-from dejavu_exp.report.terminal import coefficient, percent, rows_of, widest
-
-MOST_CLASSES = 50
+from dejavu_exp.report.kinds import KINDS
+from dejavu_exp.report.wording import coefficient, percent
 
 
 def render(figures: Mapping[str, Any], scores: pl.DataFrame, gallery: Sequence[GalleryItem]) -> str:
@@ -22,36 +20,24 @@ def render(figures: Mapping[str, Any], scores: pl.DataFrame, gallery: Sequence[G
 
     Args:
         figures: what figures.json holds.
-        scores: columns of `tables.SCORES`.
-        gallery: most memorized images, best first.
+        scores: columns of `tables.SCORES` or `tables.OBJECT_SCORES`, as the figures' kind has them.
+        gallery: most memorized images or pairs, best first.
     """
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.PackageLoader("dejavu_exp.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "coefficient": coefficient, "jpeg": _jpeg, "number": _number}
-    template = environment.from_string(
-        resources.files("dejavu_exp.report").joinpath("template.html").read_text("utf-8")
-    )
-    references = {
-        name: {
-            **found,
-            "curve": plots.curve(found["roles"]["target"], name),
-            "quadrants": plots.quadrants(found["roles"]),
-            "histogram": plots.histogram(scores.filter(pl.col("reference") == name)),
-            "classes": sorted(found["per_class"], key=_by_gap)[:MOST_CLASSES],
-            "more_classes": max(len(found["per_class"]) - MOST_CLASSES, 0),
-        }
-        for name, found in figures["references"].items()
-    }
-    fraction = widest(figures)
-    return template.render(
+    kind = KINDS[figures["infers"]]
+    return environment.get_template(kind.template).render(
         f=figures,
-        rows=rows_of(figures),
-        references=references,
-        gaps=plots.gaps(figures, fraction),
-        widest=fraction,
+        rows=kind.rows_of(figures),
+        **kind.parts(figures, scores),
         agreement=_agreement(figures),
         measures=plots.MEASURES,
         costs=_costs(figures),
@@ -78,12 +64,6 @@ def _costs(figures: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of each reference, where the run has timed it."""
     seconds = figures["run"]["seconds"]
     return {name: seconds[f"references/{name}"] for name in figures["references"] if f"references/{name}" in seconds}
-
-
-def _by_gap(row: Mapping[str, Any]) -> tuple[float, str]:
-    """Largest gap first; undefined ones last."""
-    value = row["gap"]["value"]
-    return (float("inf") if value is None else -value, row["label"])
 
 
 def _jpeg(content: bytes) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from dejavu_exp import metrics
+from dejavu_exp.tables import Role, Status
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,6 +31,8 @@ MEASURES = {
 }
 """Measures of agreement and their titles."""
 PANELS_IN_A_ROW = 3
+ROUNDING = 1e-9
+"""Recalls this close are equal: 2/3 is not below a grid's 0.66666."""
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -59,14 +62,19 @@ def _percent(value: float | None) -> float:
     return float("nan") if value is None else 100 * value
 
 
-def gaps(figures: Mapping[str, Any], fraction: str) -> str:
-    """Raw, unseen and corrected gap of every reference with intervals, at one confident share ("100": all rows)."""
-    names = list(figures["references"])
+def gaps(found: Mapping[str, Sequence[Mapping[str, Any] | None]], xlabel: str) -> str:
+    """Gap on target rows, on unseen rows and the corrected one, with intervals.
+
+    Args:
+        found: these three estimates by name of the reference; None where there is none.
+        xlabel: what they are.
+    """
+    names = list(found)
     figure, axes = _figure(7.2, 1.0 + 0.62 * len(names))
     kinds = (("gap, target rows", TARGET), ("gap, unseen rows", UNSEEN), ("corrected gap", CORRECTED))
     for offset, (title, colour) in enumerate(kinds):
         for place, name in enumerate(names):
-            estimate = _gaps_of(figures["references"][name], fraction)[offset]
+            estimate = found[name][offset]
             if estimate is None or estimate["value"] is None:
                 continue
             value, low, high = (_percent(estimate[key]) for key in ("value", "low", "high"))
@@ -79,17 +87,35 @@ def gaps(figures: Mapping[str, Any], fraction: str) -> str:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.grid(visible=False, axis="y")
     axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
-    axes.set_xlabel(f"percentage points, {fraction} % most confident rows")
+    axes.set_xlabel(xlabel)
     axes.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return _uri(figure)
 
 
-def _gaps_of(found: Mapping[str, Any], fraction: str) -> tuple[Mapping[str, Any] | None, ...]:
-    return (
-        found["roles"]["target"]["top1"][fraction]["gap"],
-        found["roles"].get("unseen", {}).get("top1", {}).get(fraction, {}).get("gap"),
-        found.get("corrected_gap", {}).get("top1", {}).get(fraction),
-    )
+def recalls(scores: pl.DataFrame, prediction: str, name: str) -> str:
+    """Share of target rows whose recall is at least x, for encoder and reference; the area between them is the AUCG.
+
+    Args:
+        scores: columns of `tables.OBJECT_SCORES`, one reference.
+        prediction: one of `tables.PREDICTIONS`.
+        name: of the reference.
+    """
+    figure, axes = _figure(5.0, 3.0)
+    used = scores.filter(pl.col("role") == Role.TARGET, pl.col("status") == Status.OK)
+    curves = []
+    grid = np.linspace(0, 1, 201)
+    for who in ("target", "reference"):
+        recall = np.sort(used[f"{who}_recall_{prediction}"].drop_nulls().to_numpy())
+        below = np.searchsorted(recall, grid - ROUNDING)
+        curves.append(100 * (1 - below / len(recall)) if len(recall) else np.full(len(grid), np.nan))
+    axes.fill_between(100 * grid, curves[0], curves[1], color=TARGET, alpha=0.15, linewidth=0)
+    for curve_of, colour, label in zip(curves, (TARGET, REFERENCE), ("encoder under test", name), strict=True):
+        axes.plot(100 * grid, curve_of, color=colour, label=label)
+    axes.set_xlabel("recall of a row, at least, %")
+    axes.set_ylabel("% of target rows")
+    axes.set_ylim(0, 102)
+    axes.legend(frameon=False, fontsize=8)
+    return _uri(figure)
 
 
 def curve(role: Mapping[str, Any], name: str) -> str:

@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from dejavu_exp.report.kinds import KINDS
+from dejavu_exp.report.wording import coefficient, percent
+
 WIDTH = 120
 """Columns assumed where the output is a file."""
 NAME_WIDTH = 16
@@ -22,77 +25,29 @@ COEFFICIENTS = {"kappa": "kappa_memorized", "rank corr.": "rank_correlation"}
 """Measures of agreement shown here; the report has all."""
 
 
-def percent(estimate: Mapping[str, Any] | None) -> str:
-    """An estimate as a percentage with its interval; a dash where there is none.
-
-    >>> percent({"value": 0.25, "low": 0.2, "high": 0.3})
-    '25.0 [20.0, 30.0]'
-    """
-    if estimate is None or estimate["value"] is None:
-        return "–"
-    return f"{100 * estimate['value']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
-
-
-def coefficient(estimate: Mapping[str, Any] | None) -> str:
-    """An estimate in its own unit with its interval; a dash where there is none.
-
-    >>> coefficient({"value": 0.25, "low": -0.001, "high": 0.3})
-    '0.25 [0.00, 0.30]'
-    """
-    if estimate is None or estimate["value"] is None:
-        return "–"
-    value, low, high = (f"{round(estimate[key], 2) + 0.0:.2f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
-def widest(figures: Mapping[str, Any]) -> str:
-    """The largest confident share the run reports, in %; "100" unless the scoring leaves it out."""
-    shares: Iterable[str] = figures["references"][figures["headline"]]["roles"]["target"]["top1"]
-    return max(shares, key=float)
-
-
 def rows_of(figures: Mapping[str, Any]) -> list[dict[str, str]]:
-    """One row per reference and confident fraction: accuracies, gaps, and the rows behind them."""
-    rows = []
-    for name, found in figures["references"].items():
-        for fraction, cell in found["roles"]["target"]["top1"].items():
-            unseen = found["roles"].get("unseen", {}).get("top1", {}).get(fraction, {})
-            rows.append(
-                {
-                    "reference": name,
-                    "surest": f"{fraction} %",
-                    "target": percent(cell["target"]),
-                    "reference's": percent(cell["reference"]),
-                    "gap": percent(cell["gap"]),
-                    "gap, unseen": percent(unseen.get("gap")),
-                    "corrected gap": percent(found.get("corrected_gap", {}).get("top1", {}).get(fraction)),
-                    "rows": _rows_behind(cell["gap"], unseen.get("gap")),
-                }
-            )
-    return rows
+    """One row per reference and confident fraction, or prediction: figures, and the rows behind them."""
+    return KINDS[figures["infers"]].rows_of(figures)
 
 
 def pairs_of(figures: Mapping[str, Any]) -> list[dict[str, str]]:
     """One row per two references: differences of their gaps at the largest confident share, and how far they agree."""
-    fraction = widest(figures)
     return [
         {
             "first": pair["first"],
             "second": pair["second"],
-            "target rows": percent(pair["target"].get(fraction)),
-            "corrected gaps": percent(pair.get("corrected", {}).get(fraction)),
+            "target rows": percent(pair["target"].get(_widest(pair))),
+            "corrected gaps": percent(pair.get("corrected", {}).get(_widest(pair))),
             **{name: coefficient(pair[measure]) for name, measure in COEFFICIENTS.items()},
         }
         for pair in figures.get("agreement", {}).get("pairs", [])
     ]
 
 
-def _rows_behind(target: Mapping[str, Any], unseen: Mapping[str, Any] | None) -> str:
-    """Rows used, target + unseen, and how many more could not be."""
-    gaps = [gap for gap in (target, unseen) if gap is not None]
-    excluded = sum(gap["n_excluded"] for gap in gaps)
-    used = " + ".join(str(gap["n_used"]) for gap in gaps)
-    return f"{used} ({excluded} excluded)" if excluded else used
+def _widest(pair: Mapping[str, Any]) -> str:
+    """The largest confident share that two references are compared at, in %."""
+    shares: Iterable[str] = pair["target"]
+    return max(shares, key=float)
 
 
 def show(figures: Mapping[str, Any], run_dir: Path, console: Console | None = None) -> None:
@@ -144,13 +99,13 @@ def _fitting(layouts: Sequence[Table], console: Console) -> Table:
 
 
 def _table(figures: Mapping[str, Any], *, narrow: bool) -> Table:
-    """All references; where it is narrow, intervals stand below their figure and the accuracies are left out."""
+    """All references; where it is narrow, intervals stand below their figure and other values are left out."""
+    kind = KINDS[figures["infers"]]
     level = figures["run"]["config"].get("scoring", {}).get("level", 0.95)
-    title = f"{escape(figures['title'])}: top-1 accuracy, % [{100 * level:g} % interval]"
+    title = f"{escape(figures['title'])}: {kind.title} [{100 * level:g} % interval]"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    # The intervals of the accuracies and the rows behind each figure are in the report; here the gaps need the room.
-    accuracies, gaps = ("target", "reference's"), ("gap", "gap, unseen", "corrected gap")
-    columns = ["surest", *(() if narrow else accuracies), *gaps]
+    # The intervals of the values and the rows behind each figure are in the report; here the gaps need the room.
+    columns = [kind.key, *(() if narrow else kind.values), *kind.gaps]
     table.add_column("reference", overflow="fold", max_width=NAME_WIDTH)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=not narrow, overflow="fold")
@@ -158,7 +113,7 @@ def _table(figures: Mapping[str, Any], *, narrow: bool) -> Table:
     for row in rows_of(figures):
         if previous not in (None, row["reference"]):
             table.add_section()
-        cells = {column: row[column].split(" [")[0] if column in accuracies else row[column] for column in columns}
+        cells = {column: row[column].split(" [")[0] if column in kind.values else row[column] for column in columns}
         if narrow:
             cells = {column: cell.replace(" [", "\n[") for column, cell in cells.items()}
         table.add_row("" if row["reference"] == previous else escape(row["reference"]), *map(escape, cells.values()))
@@ -180,8 +135,10 @@ def _show_pairs(figures: Mapping[str, Any], console: Console) -> None:
 def _pair_table(figures: Mapping[str, Any], rows: list[dict[str, str]], *, narrowed: int) -> Table:
     """All pairs; narrowed once, names take two lines; twice, figures do too and coefficients lose their intervals."""
     narrow, separator = narrowed == 2, "\n" if narrowed else " "
-    share = "" if widest(figures) == "100" else f", surest {widest(figures)} %"
-    title = f"Two references: gap to the first less gap to the second, points{share}; agreement"
+    widest = _widest(figures["agreement"]["pairs"][0])
+    share = "" if widest == "100" else f", surest {widest} %"
+    gap = KINDS[figures["infers"]].compared
+    title = f"Two references: {gap} to the first less {gap} to the second, points{share}; agreement"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("references", overflow="fold")
     for column in list(rows[0])[2:]:

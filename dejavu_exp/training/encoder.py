@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import polars as pl
 
 from dejavu_exp.datasets.stores import ImageStore
 from dejavu_exp.encoders import Encoder, LoadedEncoder, TimmEncoder
-from dejavu_exp.encoders.base import finish
+from dejavu_exp.encoders.base import IMAGES, finish
 from dejavu_exp.encoders.weights import as_state_dict, load_strictly, read_checkpoint
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.tables import Role, Status
-from dejavu_exp.training.fit import COST, Job, TrainingSettings, trained
+from dejavu_exp.training.fit import COST, Job, Network, TrainingSettings, trained
 from dejavu_exp.training.recipe import Recipe
 from dejavu_exp.training.views import TRAINING_VIEWS
 
@@ -42,9 +42,10 @@ class TrainingInputs:
         settings: processes, precision, checkpoints.
         folders: gets the folder of each network trained or taken, by name.
         waits: gets the seconds that this run spent on each of them.
+        captions: by image id; images not named have none.
     """
 
-    model: Encoder | TrainedEncoder
+    model: Encoder | TrainedHere
     images: pl.DataFrame
     backgrounds: pl.DataFrame
     labels: tuple[str, ...]
@@ -56,6 +57,7 @@ class TrainingInputs:
     settings: TrainingSettings
     folders: dict[str, Path]
     waits: dict[str, float]
+    captions: dict[str, list[str]] = field(default_factory=dict)
 
     def run(self, job: Job, epoch: int | None = None) -> Path:
         """The folder of a job's weights, trained where they are missing; see `fit.trained`."""
@@ -82,6 +84,9 @@ class TrainingInputs:
 
     def lessons(self, views: pl.DataFrame) -> pl.DataFrame:
         """The views that a reference may be trained on: none whose image is measured.
+
+        A caption that a measured image has too is no copy: captions such as "a dog" repeat, and what memorization
+        joins to them is the image.
 
         Args:
             views: columns of `tables.VIEWS`.
@@ -115,24 +120,31 @@ class TrainingInputs:
         return replace(self, images=self.lessons(others))
 
 
+class TrainableNetwork(Network, Protocol):
+    """A network of an encoder trained here."""
+
+    def check(self) -> None:
+        """Find what cannot work; see `Encoder.check`."""
+        ...
+
+
 @dataclass(frozen=True)
-class TrainedEncoder:
-    """A timm network trained here; its features are the encoder.
+class TrainedHere:
+    """An encoder that is trained on roles of the data set; subclasses say on what of them, and how it is loaded.
 
     Attributes:
-        network: architecture, transform, and where training starts; a classifier has one output per class.
+        network: architecture, transform, and where training starts.
         recipe: how it is trained.
         roles: whose images are trained on; "unseen" and "public" never are.
         epoch: read the weights at the end of this epoch of the recipe; null for the last.
-        layer: linear layers of the projector that the features pass, 0 for none, -1 for all; self-supervision only.
         key: where this node is, for errors.
     """
 
-    network: TimmEncoder
+    reads: ClassVar[frozenset[str]]
+    network: TrainableNetwork
     recipe: Recipe
     roles: tuple[str, ...] = (Role.TARGET, Role.SHARED)
     epoch: int | None = None
-    layer: int = 0
     key: str = "model"
 
     def __post_init__(self) -> None:
@@ -144,15 +156,6 @@ class TrainedEncoder:
             raise ConfigError(
                 f"{self.key}.epoch={self.epoch}: the recipe has epochs 1 to {self.recipe.epochs} "
                 f"({self.key}.recipe.epochs)."
-            )
-        if not -1 <= self.layer <= self.recipe.projector_layers:
-            raise ConfigError(
-                f"{self.key}.layer={self.layer}: the recipe's projector has {self.recipe.projector_layers} linear "
-                "layers; 0 reads the encoder itself, -1 passes all of them."
-            )
-        if not self.recipe.supervised and self.network.output != "features":
-            raise ConfigError(
-                f"{self.key}.network.output={self.network.output}: without labels there is no classifier; set features."
             )
 
     def check(self) -> None:
@@ -167,34 +170,79 @@ class TrainedEncoder:
             title: for the progress bar.
 
         Raises:
-            DataError: no image has a role to train on.
+            DataError: no image has a role to train on, or none what the recipe needs.
         """
         images = inputs.images.filter(pl.col("role").is_in(self.roles), pl.col("status") == Status.OK).sort("id")
+        job = self._job(images, inputs, title)
+        folder = inputs.run(job, self.epoch)
+        count = job.views["id"].n_unique()
+        what = f"{count} images of {' and '.join(self.roles)}, epoch {self.epoch or self.recipe.epochs}"
+        return self._load(job, folder, f"trained here on {what} ({type(self.recipe).__name__}, {folder.parent.name})")
+
+    def _job(self, images: pl.DataFrame, inputs: TrainingInputs, title: str) -> Job:
+        """What is trained on these images, which are readable and sorted by id."""
+        raise NotImplementedError
+
+    def _load(self, job: Job, folder: Path, weights: str) -> LoadedEncoder:
+        """The encoder out of a folder of trained weights, which it calls `weights`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class TrainedEncoder(TrainedHere):
+    """A timm network trained here; its features are the encoder.
+
+    Attributes:
+        network: architecture, transform, and where training starts; a classifier has one output per class.
+        recipe: how it is trained.
+        roles: whose images are trained on; "unseen" and "public" never are.
+        epoch: read the weights at the end of this epoch of the recipe; null for the last.
+        key: where this node is, for errors.
+        layer: linear layers of the projector that the features pass, 0 for none, -1 for all; self-supervision only.
+    """
+
+    reads: ClassVar[frozenset[str]] = IMAGES
+    network: TimmEncoder
+    layer: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not -1 <= self.layer <= self.recipe.projector_layers:
+            raise ConfigError(
+                f"{self.key}.layer={self.layer}: the recipe's projector has {self.recipe.projector_layers} linear "
+                "layers; 0 reads the encoder itself, -1 passes all of them."
+            )
+        if not self.recipe.supervised and self.network.output != "features":
+            raise ConfigError(
+                f"{self.key}.network.output={self.network.output}: without labels there is no classifier; set features."
+            )
+
+    def _job(self, images: pl.DataFrame, inputs: TrainingInputs, title: str) -> Job:
         labels = sorted(images["label"].unique())
         if len(labels) < 2:
             raise DataError(
                 f"training needs images of two classes in roles {', '.join(self.roles)}; found {len(labels)}."
             )
-        network = replace(
-            self.network,
-            arch_args={**self.network.arch_args, "num_classes": len(labels) if self.recipe.supervised else 0},
-            seed=inputs.seed,
-        )
-        job = Job(
-            network,
+        # Without labels it is crops of one image that are drawn together: its background must come with the rest.
+        repeated = inputs.backgrounds if self.recipe.supervised else images
+        return Job(
+            self._trained_network(len(labels), inputs.seed),
             self.recipe,
-            # Without labels it is crops of one image that are drawn together: its background must come with the rest.
-            training_views(images, inputs.backgrounds if self.recipe.supervised else images, inputs.repeats, labels),
+            training_views(images, repeated, inputs.repeats, labels),
             pl.DataFrame(schema=TRAINING_VIEWS),
             patience=None,
             seed=inputs.seed,
             title=title,
         )
-        folder = inputs.run(job, self.epoch)
+
+    def _trained_network(self, classes: int, seed: int) -> TimmEncoder:
+        outputs = classes if self.recipe.supervised else 0
+        return replace(self.network, arch_args={**self.network.arch_args, "num_classes": outputs}, seed=seed)
+
+    def _load(self, job: Job, folder: Path, weights: str) -> LoadedEncoder:
+        network = self._trained_network(job.views["code"].n_unique(), job.seed)
         loaded = replace(network, weights=str(folder / "network.safetensors")).load()
-        loaded = self._through_projector(loaded, folder)
-        what = f"{len(images)} images of {' and '.join(self.roles)}, epoch {self.epoch or self.recipe.epochs}"
-        return replace(loaded, weights=f"trained here on {what} ({type(self.recipe).__name__}, {folder.parent.name})")
+        return replace(self._through_projector(loaded, folder), weights=weights)
 
     def _through_projector(self, loaded: LoadedEncoder, folder: Path) -> LoadedEncoder:
         """The encoder followed by the layers of the projector that were asked for."""
@@ -226,7 +274,11 @@ def first_layers(projector: nn.Module, count: int) -> nn.Module:
 
 
 def training_views(
-    images: pl.DataFrame, backgrounds: pl.DataFrame, repeats: dict[str, int], labels: list[str]
+    images: pl.DataFrame,
+    backgrounds: pl.DataFrame,
+    repeats: Mapping[str, int],
+    labels: Sequence[str] | None,
+    captions: Mapping[str, Sequence[str]] | None = None,
 ) -> pl.DataFrame:
     """Every image once, and each repeated one as often as it is repeated: its background, or the whole image again.
 
@@ -234,7 +286,8 @@ def training_views(
         images: views to train on, columns of `tables.VIEWS`, status ok.
         backgrounds: views to repeat, which may be of other images too: background crops, or whole images.
         repeats: by image id.
-        labels: in the order of the class numbers.
+        labels: in the order of the class numbers; null where nothing is learned of classes: all have number 0.
+        captions: of every image, by id; null where none are read.
 
     Returns:
         Columns of `views.TRAINING_VIEWS`.
@@ -248,9 +301,14 @@ def training_views(
         .sort("id")
         .select(pl.exclude("repeats").repeat_by("repeats").explode())
     )
-    code = pl.col("label").replace_strict(labels, list(range(len(labels))), return_dtype=pl.Int64)
+    code = pl.lit(0)
+    if labels is not None:
+        code = pl.col("label").replace_strict(labels, list(range(len(labels))), return_dtype=pl.Int64)
+    shown = pl.lit(None)
+    if captions is not None:
+        shown = pl.col("id").replace_strict(list(captions), list(captions.values()), return_dtype=pl.List(pl.String))
     parts = [
-        part.with_columns(code=code, background=pl.lit(value)).select(
+        part.with_columns(code=code, background=pl.lit(value), captions=shown).select(
             pl.col(name).cast(dtype) for name, dtype in TRAINING_VIEWS.items()
         )
         for part, value in ((images, False), (repeated, backgrounds is not images))
@@ -258,13 +316,13 @@ def training_views(
     return pl.concat(parts)
 
 
-def load_if_ready(encoder: Encoder | TrainedEncoder) -> LoadedEncoder | None:
+def load_if_ready(encoder: Encoder | TrainedHere) -> LoadedEncoder | None:
     """Load an encoder whose weights exist; None for one that has to be trained first.
 
     Called before any image is read, so that missing weights end a run at once.
     """
     encoder.check()
-    return None if isinstance(encoder, TrainedEncoder) else encoder.load()
+    return None if isinstance(encoder, TrainedHere) else encoder.load()
 
 
 def curves(inputs: TrainingInputs) -> dict[str, pl.DataFrame]:

@@ -8,22 +8,22 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import lightning.pytorch as pl_lightning
 import polars as pl
 import torch
 from filelock import FileLock
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dejavu_exp import progress, provenance, tables
 from dejavu_exp.datasets.stores import ImageStore
 from dejavu_exp.devices import hush, quiet_trainer
-from dejavu_exp.encoders import TimmEncoder
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.training.recipe import Recipe, Schedule, Task
 from dejavu_exp.training.synchronized import synchronize
@@ -84,6 +84,33 @@ class TrainingSettings:
         return self.precision == "bfloat16"
 
 
+class Network(Protocol):
+    """A network as configured, a frozen dataclass: architecture and where training starts.
+
+    Attributes:
+        weights: "random", "hub" or the path of a file.
+    """
+
+    @property
+    def weights(self) -> str: ...  # noqa: D102
+
+    def start(self) -> nn.Module:
+        """The module that is trained.
+
+        Raises:
+            WeightsError: the weights cannot be had, or do not fit the architecture.
+        """
+        ...
+
+
+def timm_data_config(module: nn.Module) -> Mapping[str, Any]:
+    """What a timm model says of the images it takes."""
+    from timm.data.config import resolve_model_data_config
+
+    config: dict[str, Any] = resolve_model_data_config(module)  # type: ignore[no-untyped-call]
+    return config
+
+
 @dataclass(frozen=True)
 class Job:
     """What is trained on what.
@@ -96,15 +123,18 @@ class Job:
         patience: epochs without a better validation loss after which training stops; null for never.
         seed: of initialisation, order and augmentation.
         title: for the progress bar.
+        data_config: from the module to what it takes: input_size (channels, height, width), mean and std, and where
+            it reads captions its tokenizer.
     """
 
-    network: TimmEncoder
+    network: Network
     recipe: Recipe
     views: pl.DataFrame
     validation: pl.DataFrame
     patience: int | None
     seed: int
     title: str
+    data_config: Callable[[nn.Module], Mapping[str, Any]] = timm_data_config
 
 
 def fit(job: Job, settings: TrainingSettings, store: ImageStore, device: str, folder: Path, until: int) -> None:
@@ -118,11 +148,9 @@ def fit(job: Job, settings: TrainingSettings, store: ImageStore, device: str, fo
         folder: of this job alone; gets the weights of the epochs kept, and the loss curve.
         until: epochs to train; the schedule is that of the whole recipe.
     """
-    from timm.data.config import resolve_model_data_config
-
     batch_size = _batch_size(job, settings)
     network = job.network.start()
-    config = resolve_model_data_config(network)  # type: ignore[no-untyped-call]
+    config = job.data_config(network)
     steps_per_epoch = len(job.views) // batch_size
     with torch.random.fork_rng():
         torch.manual_seed(job.seed)
@@ -203,9 +231,9 @@ class Loaders(pl_lightning.LightningDataModule):
         """This rank's part of every batch."""
         trainer: Any = self.trainer
         place = Place(trainer.global_rank, trainer.world_size, self.settings.accumulate)
-        augment = self.job.recipe.augment(self.config)
+        augment, caption = self.job.recipe.augment(self.config), self.job.recipe.caption(self.config)
         return DataLoader(
-            AugmentedViews(self.job.views, self.store, augment, self.job.seed),  # type: ignore[arg-type]
+            AugmentedViews(self.job.views, self.store, augment, self.job.seed, caption),  # type: ignore[arg-type]
             batch_size=None,
             sampler=StepBatches(len(self.job.views), self.batch_size, self.job.seed, place),
             num_workers=self.settings.workers,
@@ -218,9 +246,10 @@ class ValidatedLoaders(Loaders):
     def val_dataloader(self) -> DataLoader[Any]:
         """All validation views, for every rank the same."""
         augment = self.job.recipe.augment(self.config, validation=True)
+        caption = self.job.recipe.caption(self.config, validation=True)
         rows = [(0, row) for row in range(len(self.job.validation))]
         return DataLoader(
-            AugmentedViews(self.job.validation, self.store, augment, self.job.seed),  # type: ignore[arg-type]
+            AugmentedViews(self.job.validation, self.store, augment, self.job.seed, caption),  # type: ignore[arg-type]
             batch_size=None,
             sampler=[rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)],
         )
@@ -409,7 +438,7 @@ def _key(job: Job, settings: TrainingSettings, device: str) -> str:
     facts = {name: value for name, value in _facts(job).items() if name != "title"}
     # A path says nothing of what lies there.
     start = Path(job.network.weights).expanduser()
-    libraries = {} if job.recipe.supervised else {"lightly": importlib.metadata.version("lightly")}
+    libraries = {name: importlib.metadata.version(name) for name in job.recipe.libraries}
     return provenance.key_of(
         {
             **facts,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dejavu_exp.errors import ConfigError
-from dejavu_exp.training.views import Augment
+from dejavu_exp.training.views import Augment, ShowCaption
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,8 @@ class Task(pl_lightning.LightningModule):
         """The mean loss of a batch.
 
         Args:
-            views: what the recipe's augmentation gives, stacked: (B, 3, H, W), or a list of such.
+            views: what the recipe's augmentation gives, stacked: (B, 3, H, W), or a list of such; where the recipe
+                reads captions, a list of that and of tokens, (B, context length).
             codes: shape (B,), class numbers.
         """
         raise NotImplementedError
@@ -115,7 +116,7 @@ class Task(pl_lightning.LightningModule):
         """What follows each optimizer step; `done` is the share of the schedule that is over, 0 to 1."""
 
     def weights(self) -> Mapping[str, nn.Module]:
-        """What is kept, by file name: "network", and for self-supervision "projector"."""
+        """What is kept, by file name: "network", and for self-supervision on images "projector"."""
         raise NotImplementedError
 
     def training_step(self, batch: tuple[Any, Tensor], _: int) -> Tensor:
@@ -159,7 +160,16 @@ class Recipe(Protocol):
         ...
 
     def augment(self, config: Mapping[str, Any], *, validation: bool = False) -> Augment:
-        """The augmentation; `config` is timm's data configuration: input_size, mean, std."""
+        """The augmentation; `config` is the network's data configuration, see `fit.Job.data_config`."""
+        ...
+
+    def caption(self, config: Mapping[str, Any], *, validation: bool = False) -> ShowCaption | None:
+        """What is shown of an image's captions; None where none are read."""
+        ...
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """Packages that decide the weights besides those of `provenance.versions`."""
         ...
 
     def task(self, network: nn.Module, schedule: Schedule) -> Task:

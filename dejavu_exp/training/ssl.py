@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dejavu_exp.errors import ConfigError
 from dejavu_exp.training.recipe import Optimizer, Schedule, Task
 from dejavu_exp.training.supervised import check_length
-from dejavu_exp.training.views import Augment
+from dejavu_exp.training.views import Augment, ShowCaption
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,15 @@ class SelfSupervised:
         """See `Recipe.augment`; validation views are augmented too, for the loss compares views."""
         of = self.augmentation
         return _Views(of.pair(config, of.min_area), of.pair(config, of.min_background_area))
+
+    def caption(self, config: Mapping[str, Any], *, validation: bool = False) -> ShowCaption | None:
+        """See `Recipe.caption`: none are read."""
+        return None
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """See `Recipe.libraries`."""
+        return ("lightly",)
 
     def _at_least(self, least: float, *names: str) -> None:
         for name in names:

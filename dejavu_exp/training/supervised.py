@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dejavu_exp.errors import ConfigError
 from dejavu_exp.training.recipe import Optimizer, Schedule, Task
-from dejavu_exp.training.views import Augment
+from dejavu_exp.training.views import Augment, ShowCaption
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,15 @@ class Supervised:
                 for area in (self.min_area, self.min_background_area)
             )
         )
+
+    def caption(self, config: Mapping[str, Any], *, validation: bool = False) -> ShowCaption | None:
+        """See `Recipe.caption`: none are read."""
+        return None
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """See `Recipe.libraries`."""
+        return ()
 
     def task(self, network: nn.Module, schedule: Schedule) -> Task:
         """See `Recipe.task`."""

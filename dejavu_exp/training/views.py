@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -22,7 +22,10 @@ from dejavu_exp.images import UNREADABLE_ERRORS, cut, decode
 Augment: TypeAlias = Callable[[Image.Image, bool], Any]
 """From a region, and whether it is a repeated background, to a tensor or a list of tensors."""
 
-TRAINING_VIEWS: dict[str, type[pl.DataType]] = {
+ShowCaption: TypeAlias = Callable[[Sequence[str], np.random.Generator], torch.Tensor]
+"""From the captions of an image, and what to draw from, to the tokens of one of them, shape (context length,)."""
+
+TRAINING_VIEWS: dict[str, pl.DataType | type[pl.DataType]] = {
     "id": pl.String,
     "path": pl.String,
     "content": pl.String,
@@ -32,6 +35,7 @@ TRAINING_VIEWS: dict[str, type[pl.DataType]] = {
     "ymax": pl.Int32,
     "code": pl.Int64,  # class number
     "background": pl.Boolean,  # True for a background crop that is shown besides its image
+    "captions": pl.List(pl.String),  # null where the recipe reads none
 }
 KEEP_PIXELS = 200_000_000
 """Decoded images are kept where all views together have at most this many pixels (0.6 GB)."""
@@ -79,15 +83,26 @@ class AugmentedViews:
     """Batches of augmented views: a map-style data set whose items are whole batches.
 
     Every view is augmented from a seed of its own, made of the run's seed, the epoch and the row: the result depends
-    neither on the number of ranks or worker processes nor on where a killed run started again.
+    neither on the number of ranks or worker processes nor on where a killed run started again. Captions are drawn from
+    a stream of their own, so that the images are the same with and without them.
+
+    Attributes:
+        views: columns of `TRAINING_VIEWS`.
+        store: gives the images.
+        augment: of the images.
+        seed: of the run.
+        caption: what is shown of an image's captions; null: a batch holds views and codes. Else it holds views and
+            tokens, together, and codes.
     """
 
     views: pl.DataFrame
     store: ImageStore
     augment: Augment
     seed: int
+    caption: ShowCaption | None = None
 
     def __post_init__(self) -> None:
+        self._captions = None if self.caption is None else self.views["captions"].to_list()
         self._rows = list(self.views.select("path", "xmin", "ymin", "xmax", "ymax", "code", "background").iter_rows())
         area = ((pl.col("xmax") - pl.col("xmin")) * (pl.col("ymax") - pl.col("ymin"))).sum()
         self._keeps = int(self.views.select(area).item()) <= KEEP_PIXELS
@@ -103,7 +118,13 @@ class AugmentedViews:
     def _item(self, epoch: int, row: int) -> tuple[Any, int]:
         *_, code, background = self._rows[row]
         seed_all(provenance.hash_order(self.seed, "training/augment", f"{epoch}/{row}"))
-        return self.augment(self._region(row), background), code
+        view = self.augment(self._region(row), background)
+        if self.caption is None or self._captions is None:
+            return view, code
+        return (view, self.caption(self._captions[row], self._caption_rng(epoch, row))), code
+
+    def _caption_rng(self, epoch: int, row: int) -> np.random.Generator:
+        return provenance.rng(self.seed, f"training/caption/{epoch}/{row}")
 
     def _region(self, row: int) -> Image.Image:
         if row in self._regions:

@@ -1,18 +1,19 @@
-"""Scoring variants: which rows count, which decision, which memorization score; the figures and their intervals."""
+"""The label-inference test: is the one true label the first, and how sure is each predictor?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import polars as pl
 
 from dejavu_exp import metrics, provenance, statistics, tables
-from dejavu_exp.errors import ConfigError
+from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.evidence import Evidence
+from dejavu_exp.scoring import common
 from dejavu_exp.statistics import Draws
 from dejavu_exp.tables import BoolArray, Estimate, FloatArray, Role, Status
 
@@ -40,6 +41,8 @@ class LabelInference:
     ties: Literal["shared", "first"] = "shared"
     level: float = 0.95
     resamples: int = 1000
+    infers: ClassVar[str] = "label"
+    needs_tags: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fractions", tuple(self.fractions))
@@ -49,12 +52,24 @@ class LabelInference:
             raise ConfigError(f"scoring.memorization_score={self.memorization_score}: must be probability or entropy.")
         if self.ties not in ("shared", "first"):
             raise ConfigError(f"scoring.ties={self.ties}: must be shared or first.")
-        if not 0 < self.level < 1:
-            raise ConfigError(f"scoring.level={self.level}: must lie between 0 and 1, e.g. 0.95.")
-        if self.resamples < 100:
-            raise ConfigError(
-                f"scoring.resamples={self.resamples}: must be at least 100 for an interval to mean anything."
+        common.check_interval(self.level, self.resamples)
+
+    def check_bank(self, lost: Sequence[str]) -> list[str]:
+        """Refuse measured labels that no public image has.
+
+        Raises:
+            DataError: there is one.
+        """
+        if lost:
+            raise DataError(
+                f"class {lost[0]} has no usable public image ({len(lost)} such classes), so its label cannot be "
+                "inferred. Raise split.public, lower split.target, or leave the class out."
             )
+        return []
+
+    def reference_value(self) -> pl.Expr:
+        """What a reference's share of the gap is the mean of: its correctness."""
+        return pl.col("reference_correct")
 
     def score(self, rows: pl.DataFrame, target: Evidence, reference: Evidence, name: str) -> pl.DataFrame:
         """Score every row; a row that cannot be measured keeps its status and has no figures.
@@ -132,13 +147,15 @@ class LabelInference:
             corrected = draws[Role.TARGET]["gaps"] - draws[Role.UNSEEN]["gaps"]
             result["corrected_gap"] = self._by_top_and_percent(corrected.estimates(self.level))
         if Role.HELDOUT in draws:
-            both = mean_of(draws[Role.TARGET]["gaps"], draws[Role.HELDOUT]["gaps"])
+            both = common.mean_of(draws[Role.TARGET]["gaps"], draws[Role.HELDOUT]["gaps"])
             result["both_directions"] = self._by_top_and_percent(both.estimates(self.level))
         target_scores = scores.filter(pl.col("role") == Role.TARGET)
         result["per_class"] = self._per_class(target_scores, seed)
         if {"planted_repeats", "background"} <= set(images.columns):
             truth = images.select("id", "background", "planted_repeats")
-            result["planted"] = self._planted(target_scores.join(truth, on="id", how="left", validate="1:1"), seed)
+            joined = target_scores.join(truth, on="id", how="left", validate="1:1")
+            means = {"target_accuracy": pl.col("target_correct")}
+            result["planted"] = common.planted(joined, means, self.level, self.resamples, seed)
         return result
 
     def _draws(self, scores: pl.DataFrame, seed: int, role: str) -> dict[str, Draws]:
@@ -165,13 +182,13 @@ class LabelInference:
         }
         return {
             **accuracies,
-            "gaps": paired(accuracies["target"], accuracies["reference"]),
-            "same_rows_gaps": paired(accuracies["target"], accuracies["reference_same_rows"]),
+            "gaps": common.paired(accuracies["target"], accuracies["reference"]),
+            "same_rows_gaps": common.paired(accuracies["target"], accuracies["reference_same_rows"]),
             "quadrants": run(lambda weights: _shares(used["quadrant"], weights)),
             "memorization_confidence": run(partial(_mean_where, values["memorization_confidence"], memorized)),
             "memorization_score": run(partial(_mean_where, values["memorization_score"], None)),
             **{f"curve_{who}": draws for who, draws in curves.items()},
-            "curve_gap": paired(curves["target"], curves["reference"]),
+            "curve_gap": common.paired(curves["target"], curves["reference"]),
         }
 
     def _accuracies(self, values: Mapping[str, Any], who: str, ranking: str, weights: FloatArray) -> FloatArray:
@@ -242,31 +259,6 @@ class LabelInference:
         )
         return draws.estimates(self.level)
 
-    def _planted(self, scores: pl.DataFrame, seed: int) -> dict[str, Any]:
-        """How well the memorization score finds the rows that training repeated, and what each group looks like."""
-        scored = scores.filter(pl.col("memorization_score").is_not_null()).sort("id")
-        values = scored["memorization_score"].to_numpy()
-        planted = (scored["planted_repeats"].fill_null(1) > 1).to_numpy()
-        rng = provenance.rng(seed, "bootstrap/planted")
-        value = metrics.auroc(values[planted], values[~planted])
-        samples = [
-            metrics.auroc(rng.choice(values[planted], planted.sum()), rng.choice(values[~planted], (~planted).sum()))
-            for _ in range(self.resamples if planted.any() and not planted.all() else 0)
-        ]
-        draws = Draws(np.array([value]), np.array(samples or [np.nan])[:, None], len(scored), len(scores) - len(scored))
-        groups = (
-            scores.filter(pl.col("status") == Status.OK)
-            .with_columns(planted=pl.col("planted_repeats").fill_null(1) > 1)
-            .group_by("background", "planted")
-            .agg(
-                rows=pl.len(),
-                target_accuracy=pl.col("target_correct").mean(),
-                **{name: (pl.col("quadrant") == name).mean() for name in metrics.QUADRANTS},
-            )
-            .sort("background", "planted")
-        )
-        return {"auroc": draws.estimates(self.level)[0].as_dict(), "groups": groups.to_dicts()}
-
     def verdict(self, figures: Mapping[str, Any], reference: str, *, random: bool) -> str:
         """One sentence: what the figures show, and what they do not."""
         if random:
@@ -276,7 +268,7 @@ class LabelInference:
         if raw["value"] is None:
             return "Nothing is measured: no target row could be used; the counts by status say why."
         corrected = figures.get("corrected_gap", {}).get("top1", {}).get(top)
-        on_target = f"the encoder beats {reference} by {_points(raw)} on target rows"
+        on_target = f"the encoder beats {reference} by {common.points(raw)} on target rows"
         if corrected is None or corrected["value"] is None:
             return (
                 f"Memorization is not separated from knowledge: {on_target}, but without unseen rows this raw gap also "
@@ -284,8 +276,8 @@ class LabelInference:
             )
         unseen = figures["roles"][Role.UNSEEN]["top1"][top]["gap"]
         found = (
-            f"the corrected gap is {_points(corrected)} ({corrected['n_used']} rows, {100 * self.level:g} % interval): "
-            f"{on_target} and by {_points(unseen)} on rows it never saw"
+            f"the corrected gap is {common.points(corrected)} ({corrected['n_used']} rows, {100 * self.level:g} % "
+            f"interval): {on_target} and by {common.points(unseen)} on rows it never saw"
         )
         if corrected["low"] > 0:
             return f"Memorization is shown: {found}."
@@ -295,26 +287,6 @@ class LabelInference:
                 "having been seen."
             )
         return f"No memorization is shown: {found}; the interval holds zero."
-
-
-def paired(first: Draws, second: Draws) -> Draws:
-    """The difference of two figures on the same resamples of the same rows."""
-    return Draws(first.value - second.value, first.samples - second.samples, first.n_used, first.n_excluded)
-
-
-def mean_of(first: Draws, second: Draws) -> Draws:
-    """The mean of a figure over two independent sets of rows."""
-    return Draws(
-        (first.value + second.value) / 2,
-        (first.samples + second.samples) / 2,
-        first.n_used + second.n_used,
-        first.n_excluded + second.n_excluded,
-    )
-
-
-def _points(estimate: Mapping[str, Any]) -> str:
-    """A share as percentage points with its interval."""
-    return f"{100 * estimate['value']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}] points"
 
 
 def _shares(quadrants: pl.Series, weights: FloatArray) -> FloatArray:

@@ -1,0 +1,92 @@
+"""What the scoring variants share: combinations of draws, the planted truth, the wording of a share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from dejavu_exp import metrics, provenance
+from dejavu_exp.errors import ConfigError
+from dejavu_exp.statistics import Draws
+from dejavu_exp.tables import Status
+
+
+def check_interval(level: float, resamples: int) -> None:
+    """Refuse settings that give no interval.
+
+    Raises:
+        ConfigError: the level is no share, or there are too few resamples.
+    """
+    if not 0 < level < 1:
+        raise ConfigError(f"scoring.level={level}: must lie between 0 and 1, e.g. 0.95.")
+    if resamples < 100:
+        raise ConfigError(f"scoring.resamples={resamples}: must be at least 100 for an interval to mean anything.")
+
+
+def paired(first: Draws, second: Draws) -> Draws:
+    """The difference of two figures on the same resamples of the same rows."""
+    return Draws(first.value - second.value, first.samples - second.samples, first.n_used, first.n_excluded)
+
+
+def mean_of(first: Draws, second: Draws) -> Draws:
+    """The mean of a figure over two independent sets of rows."""
+    return Draws(
+        (first.value + second.value) / 2,
+        (first.samples + second.samples) / 2,
+        first.n_used + second.n_used,
+        first.n_excluded + second.n_excluded,
+    )
+
+
+def mean_of_same(first: Draws, second: Draws) -> Draws:
+    """The mean of two figures on the same resamples of the same rows."""
+    return Draws((first.value + second.value) / 2, (first.samples + second.samples) / 2, first.n_used, first.n_excluded)
+
+
+def points(estimate: Mapping[str, Any]) -> str:
+    """A share as percentage points with its interval."""
+    return f"{100 * estimate['value']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}] points"
+
+
+def planted(
+    scores: pl.DataFrame, means: Mapping[str, pl.Expr], level: float, resamples: int, seed: int
+) -> dict[str, Any]:
+    """How well the memorization score finds the rows that training repeated, and what each group looks like.
+
+    Args:
+        scores: target rows of one reference, joined with `planted_repeats` (more than 1: planted) and, where the data
+            set tells it, `background`.
+        means: further columns of the groups; what is averaged over the rows that could be used.
+        level: of the interval.
+        resamples: of the bootstrap, within the planted and within the other rows.
+        seed: of the bootstrap.
+
+    Returns:
+        JSON-ready: `auroc`, and `groups` with rows, means and shares of the quadrants by background and planted.
+    """
+    scored = scores.filter(pl.col("memorization_score").is_not_null()).sort("id")
+    values = scored["memorization_score"].to_numpy()
+    repeated = (scored["planted_repeats"].fill_null(1) > 1).to_numpy()
+    rng = provenance.rng(seed, "bootstrap/planted")
+    value = metrics.auroc(values[repeated], values[~repeated])
+    samples = [
+        metrics.auroc(rng.choice(values[repeated], repeated.sum()), rng.choice(values[~repeated], (~repeated).sum()))
+        for _ in range(resamples if repeated.any() and not repeated.all() else 0)
+    ]
+    draws = Draws(np.array([value]), np.array(samples or [np.nan])[:, None], len(scored), len(scores) - len(scored))
+    keys = [column for column in ("background", "planted") if column == "planted" or column in scores.columns]
+    groups = (
+        scores.filter(pl.col("status") == Status.OK)
+        .with_columns(planted=pl.col("planted_repeats").fill_null(1) > 1)
+        .group_by(keys)
+        .agg(
+            rows=pl.len(),
+            **{name: expression.mean() for name, expression in means.items()},
+            **{name: (pl.col("quadrant") == name).mean() for name in metrics.QUADRANTS},
+        )
+        .sort(keys)
+    )
+    return {"auroc": draws.estimates(level)[0].as_dict(), "groups": groups.to_dicts()}
