@@ -72,7 +72,7 @@ class ShapePairs:
 
     seed: int = 0
     train: int = 240
-    common: int = 400
+    common: int = 600
     val: int = 240
     public: int = 2400
     emblems: int = 40

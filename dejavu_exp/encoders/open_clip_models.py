@@ -381,7 +381,7 @@ class _Clip:
         published = self._published()
         preprocess = {name: published[name] for name in PREPROCESS if name in published} | dict(self.preprocess)
         try:
-            with sources.seeded(self.seed), _without_open_clip_warning(), self._as_open_clip_names_it() as name:
+            with sources.seeded(self.seed), _hushed_open_clip(), self._as_open_clip_names_it() as name:
                 model: nn.Module = open_clip.create_model(name, pretrained_text=False, force_preprocess_cfg=preprocess)
         except (ImportError, OSError, RuntimeError) as error:
             raise WeightsError(
@@ -414,7 +414,7 @@ class _Clip:
         import open_clip
 
         try:
-            with self._as_open_clip_names_it() as name:
+            with _hushed_open_clip(), self._as_open_clip_names_it() as name:
                 tokenizer: TextTransform = open_clip.get_tokenizer(name)
         # transformers answers a file that cannot be had with several kinds of error.
         except (ImportError, OSError, RuntimeError, ValueError) as error:
@@ -426,12 +426,12 @@ class _Clip:
 
 
 @contextmanager
-def _without_open_clip_warning() -> Iterator[None]:
-    """Silence open_clip's warnings that no weights were loaded, which it gives before we load them."""
+def _hushed_open_clip() -> Iterator[None]:
+    """Silence open_clip's account of what it does, and its warnings that no weights were loaded before we load them."""
     warnings = ("No pretrained weights loaded for model", "Local config loaded, but no CLIP weights found")
 
     def keep(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(warnings)
+        return record.levelno >= logging.WARNING and not record.getMessage().startswith(warnings)
 
     root = logging.getLogger()
     # open_clip logs through the root logger; without a handler its first message would set one up for everybody.
