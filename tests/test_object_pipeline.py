@@ -1,4 +1,4 @@
-"""The vision-language test from end to end, on few pairs: hostile captions, what is excluded and why, who may be asked."""
+"""The vision-language test from end to end, on few pairs: hostile captions, what is excluded, what is refused."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 from conftest import Finished, measure
 from PIL import Image
+from test_detectors import rt_detr
 
 SMALL_PAIRS = (
     "experiment=captions",
@@ -233,3 +234,21 @@ def test_two_processes_train_what_one_trains(small: Finished, tmp_path: Path) ->
     told = [json.loads((run.folder / "figures.json").read_text()) for run in (small, done)]
     gaps = [found["references"]["text_ngrams"]["roles"]["target"]["all"]["prg"]["value"] for found in told]
     assert gaps[0] == pytest.approx(gaps[1], abs=0.051)
+
+
+def test_a_detector_from_a_local_folder_says_what_is_in_the_images(tmp_path: Path) -> None:
+    rt_detr(tmp_path / "detector")
+    done = measure(
+        tmp_path / "run",
+        *SMALL_PAIRS,
+        "reference=text_ngrams",
+        "tagger=rtdetr",
+        f"tagger.encoder.model={tmp_path / 'detector'}",
+        "tagger.min_score=0.6",
+    )
+    assert done.code == 0, done.stderr
+    objects = {name for names in done.scores()["objects"].drop_nulls() for name in names}
+    assert objects
+    assert objects <= {"cat", "dog", "bus"}
+    counts = done.figures()["counts"]["target"]
+    assert counts["used"] + counts["by_status"].get("no_objects", 0) == counts["rows"] == 40

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 from conftest import measure
 
+COCO = Path(__file__).parents[1] / "conf" / "tagger" / "vocabulary" / "coco.txt"
 FOLDER = Path(os.environ.get("DEJAVU_REAL_DATA", ""))
 
 pytestmark = [
@@ -48,3 +49,49 @@ def test_counts_add_up_and_a_better_encoder_alone_is_no_memorization(tmp_path: P
     assert figures["verdict"].startswith("No memorization is shown")
     assert figures["encoder"]["random"] is False
     assert any("tagger is the encoder under test" in note for note in figures["notes"])
+
+
+def test_coco_captions_are_measured_with_a_text_encoder(tmp_path: Path) -> None:
+    """As published, in its zip; random weights, so that nothing but the counts means anything."""
+    done = measure(
+        tmp_path,
+        "experiment=coco",
+        f"dataset.root={FOLDER / 'coco_mini.zip'}",
+        "model=clip_vitb32",
+        "model.weights=random",
+        "reference=[text_minilm,class_prior]",
+        "utility=none",
+        "tracking=none",
+        timeout=600,
+    )
+    assert done.code == 0, done.stderr
+    figures, scores = done.figures(), done.scores()
+    counts = figures["counts"]
+    assert (counts["target"]["rows"], counts["public"]["rows"]) == (80, 79)
+    assert counts["target"]["used"] == 80 - counts["target"]["by_status"].get("no_objects", 0)
+    assert "RANDOM WEIGHTS" in done.stdout
+    minilm = figures["references"]["text_minilm"]["roles"]["target"]["all"]
+    assert minilm["reference_recall"]["low"] > minilm["target_recall"]["high"], "a text encoder knows what goes together"
+    assert set(scores["objects"].explode().drop_nulls()) <= set(COCO.read_text().splitlines())
+
+
+def test_flickr_pairs_get_their_objects_from_a_tagger(tmp_path: Path) -> None:
+    done = measure(
+        tmp_path,
+        "experiment=flickr8k",
+        f"dataset.root={FOLDER / 'flickr8k_1000.zip'}",
+        f"tagger.encoder.weights={FOLDER / 'tf_efficientnet_lite0.safetensors'}",
+        "split.target=48",
+        "split.public=60",
+        "split.unseen=24",
+        "model.recipe.epochs=1",
+        "model.recipe.batch_size=16",
+        "tracking=none",
+        timeout=600,
+    )
+    assert done.code == 0, done.stderr
+    counts = done.figures()["counts"]
+    for role, rows in (("target", 48), ("public", 60), ("unseen", 24)):
+        assert counts[role]["rows"] == counts[role]["used"] + counts[role]["excluded"] == rows
+        assert counts[role]["used"] > rows / 2
+    assert "corrected" in done.figures()["references"]["text_minilm"]
