@@ -61,6 +61,8 @@ class Evidence:
         Raises:
             DataError: an id is not there.
         """
+        if tuple(ids) == self.ids:
+            return self
         position = {row_id: index for index, row_id in enumerate(self.ids)}
         missing = [row_id for row_id in ids if row_id not in position]
         if missing:

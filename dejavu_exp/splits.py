@@ -322,7 +322,9 @@ class NpySplit:
 
 @dataclass(frozen=True)
 class OriginSplit:
-    """One role for each part of the data set; a row needs neither a label nor boxes.
+    """A role for each part of the data set; a row needs neither a label nor boxes.
+
+    Roles may share a part where all of them but one have a limit; that one gets what is left.
 
     Attributes:
         target: origin of the measured rows.
@@ -347,15 +349,15 @@ class OriginSplit:
         for role in (Role.TARGET, Role.PUBLIC):
             if getattr(self, role) is None:
                 raise ConfigError(f"split.{role}=null: name the origin of the {role} rows.")
-        taken: dict[str, Role] = {}
-        for role, origin in self._origins().items():
-            if taken.setdefault(origin, role) != role:
-                raise ConfigError(
-                    f"split.{taken[origin]} and split.{role} are both {origin}, but a row has one role. "
-                    "Name another origin, or split at random with dejavu_exp.splits.RandomSplit (split=pairs)."
-                )
         for key, limit in self.limits.items():
             self._check_limit(key, limit)
+        taken: dict[str, Role] = {}
+        for role, origin in self._origins().items():
+            if self.limits.get(role) is None and taken.setdefault(origin, role) != role:
+                raise ConfigError(
+                    f"split.{taken[origin]} and split.{role} are both {origin}, but a row has one role. Set "
+                    f"split.limits.{role} to a number of rows, or name another origin."
+                )
 
     def _check_limit(self, key: str, limit: object) -> None:
         if key not in list(Role) or (limit is not None and key not in self._origins()):
@@ -381,12 +383,22 @@ class OriginSplit:
             Columns of `tables.ROLES`, sorted by id. Unreadable rows get no role.
 
         Raises:
-            DataError: an origin has no rows.
+            DataError: an origin has no rows, or none are left for a role.
         """
         usable = _drawn(rows, seed)
-        parts = []
-        for role, origin in self._origins().items():
-            found = _of_origin(usable, origin, role, "readable").head(self.limits.get(role) or len(usable))
+        left = usable
+        parts: list[pl.DataFrame] = []
+        # Where roles share an origin, the one without a limit gets what the others leave.
+        for role, origin in sorted(self._origins().items(), key=lambda item: self.limits.get(item[0]) is None):
+            of_origin = _of_origin(usable, origin, role, "readable").join(
+                left, on="id", how="semi", maintain_order="left"
+            )
+            if of_origin.is_empty():
+                raise DataError(
+                    f"split.{role}={origin}: other roles take all rows of this origin. Lower their split.limits."
+                )
+            found = of_origin.head(self.limits.get(role) or len(of_origin))
+            left = left.join(found, on="id", how="anti", maintain_order="left")
             parts.append(found.select("id", "label", role=pl.lit(str(role))))
         return _checked(pl.concat(parts))
 

@@ -201,6 +201,11 @@ def _check(views: Views, plan: Plan) -> None:
             f"probe.k={plan.probe.k} is more than the bank holds: the split has {len(public)} usable public rows"
             f"{_told(views.bank, Role.PUBLIC)}. Set probe.k to at most {len(public)}, or choose a larger split."
         )
+    if not views.labels():
+        raise DataError(
+            "no public row carries anything that could be inferred: the tagger finds no object in any of them. Lower "
+            "tagger.min_score, or check the annotation."
+        )
     if not len(views.measured().filter(pl.col("role") == Role.TARGET)):
         raise DataError(
             f"no target row can be used{_told(views.queries, Role.TARGET)}. Lower split.min_side_px for background "

@@ -180,6 +180,7 @@ def refused(tmp_path: Path, *overrides: str) -> str:
         (["model=shapes_resnet"], "model is a TrainedEncoder, which cannot embed texts"),
         (["tagger=dataset_tags", "probe.k=61"], "probe.k=61 is more than the bank holds"),
         (["scoring.predictions=[]"], "scoring.predictions=[]"),
+        (["tagger=timm_classifier", "tagger.encoder.weights=random", "tagger.min_score=1"], "no public row carries"),
         (["reference=text_minilm", "references.text_minilm.encoder.model=/nowhere"], "/nowhere"),
     ],
 )
@@ -230,7 +231,7 @@ def test_two_processes_train_what_one_trains(small: Finished, tmp_path: Path) ->
         for run in (small, done)
     )
     assert one["id"].equals(two["id"])
-    assert (one["target_found"] == two["target_found"]).mean() >= 0.97
+    assert (one["target_found"] == two["target_found"]).sum() >= 0.97 * len(one)
     told = [json.loads((run.folder / "figures.json").read_text()) for run in (small, done)]
     gaps = [found["references"]["text_ngrams"]["roles"]["target"]["all"]["prg"]["value"] for found in told]
     assert gaps[0] == pytest.approx(gaps[1], abs=0.051)

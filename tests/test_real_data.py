@@ -71,7 +71,8 @@ def test_coco_captions_are_measured_with_a_text_encoder(tmp_path: Path) -> None:
     assert counts["target"]["used"] == 80 - counts["target"]["by_status"].get("no_objects", 0)
     assert "RANDOM WEIGHTS" in done.stdout
     minilm = figures["references"]["text_minilm"]["roles"]["target"]["all"]
-    assert minilm["reference_recall"]["low"] > minilm["target_recall"]["high"], "a text encoder knows what goes together"
+    # A text encoder knows what goes together.
+    assert minilm["reference_recall"]["low"] > minilm["target_recall"]["high"]
     assert set(scores["objects"].explode().drop_nulls()) <= set(COCO.read_text().splitlines())
 
 

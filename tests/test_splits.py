@@ -208,6 +208,16 @@ def test_the_limits_of_origins_are_drawn_by_the_seed() -> None:
     assert split.report(roles) == ["public: origin val has 12 images, split.limits.public is 40."]
 
 
+def test_roles_share_an_origin_where_limits_say_how() -> None:
+    split = OriginSplit("train", None, None, "val", "val", 8, {"unseen": 5})
+    roles = split.assign(PAIRS, seed=0)
+    assert sizes(roles) == {"target": 30, "public": 7, "unseen": 5}
+    assert split.assign(PAIRS.reverse(), seed=0).equals(roles)
+    greedy = OriginSplit("train", None, None, "val", "val", 8, {"unseen": 12})
+    with pytest.raises(DataError, match=r"split\.public=val: other roles take all rows"):
+        greedy.assign(PAIRS, seed=0)
+
+
 def test_random_roles_have_their_sizes_whatever_the_listing() -> None:
     split = RandomSplit(target=10, heldout=6, shared=5, public=12, unseen=9, min_side_px=8)
     roles = split.assign(PAIRS, seed=0)

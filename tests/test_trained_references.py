@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl_lightning
 import numpy as np
@@ -17,6 +17,7 @@ from dejavu_exp import config, neighbours, stages
 from dejavu_exp.captions import Caption
 from dejavu_exp.crops import BackgroundCrop, FullImage
 from dejavu_exp.encoders import LoadedEncoder, TimmEncoder
+from dejavu_exp.encoders.base import IMAGES
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.neighbours import KnnProbe
 from dejavu_exp.references.base import ReferenceInputs
@@ -78,6 +79,8 @@ def test_a_model_as_its_own_reference_has_no_gap(small: Prepared) -> None:
 
 class _Ready:
     """The encoder under test, as an encoder that was trained elsewhere."""
+
+    reads: ClassVar[frozenset[str]] = IMAGES
 
     def __init__(self, run: Prepared) -> None:
         self.run = run
