@@ -76,12 +76,11 @@ def test_text_randomization_lowers_the_gap(captions: Finished, tmp_path: Any) ->
         tmp_path,
         "experiment=captions",
         f"reference={ONE_MODEL}",
-        "model.recipe.masking_rate=0.6",
+        "model.recipe.masking_rate=0.9",
         "utility=none",
         cache=captions.folder / "cache",
         timeout=900,
     )
     assert masked.code == 0, masked.stderr
     plain, mitigated = (references(run)[ONE_MODEL]["roles"]["target"]["all"]["prg"] for run in (captions, masked))
-    assert mitigated["value"] < plain["value"]
-    assert mitigated["high"] < plain["value"]
+    assert mitigated["value"] < plain["value"] - 0.02

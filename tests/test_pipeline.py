@@ -109,8 +109,8 @@ def test_a_kill_in_the_middle_of_extraction_changes_nothing(tmp_path: Path) -> N
     ("overrides", "message"),
     [
         (["+probe.kk=3"], "probe.kk is not a key of the configuration: did you mean probe.k?"),
-        (["probe.k=43"], "probe.k=43 is more than the bank holds: the split has 42 usable public images."),
-        (["split.min_side_px=64"], "no target image can be used"),
+        (["probe.k=43"], "probe.k=43 is more than the bank holds: the split has 42 usable public rows"),
+        (["split.min_side_px=64"], "no target row can be used"),
         (["model=clip_vitl14"], "model.weights=PATH"),
         (["model=efficientnet_lite0", "model.weights=/no/such/file.safetensors"], "/no/such/file.safetensors"),
         (["tagger=open_clip", "reference=naive_bayes"], "weights"),
@@ -212,7 +212,7 @@ def test_a_box_outside_the_image_is_excluded_and_counted(tmp_path: Path) -> None
     rows = rows.with_columns(boxes=pl.when(pl.col("index") < 18).then(outside).otherwise("boxes")).drop("index")
     done = own_run(tmp_path, rows)
     assert done.code == 1
-    assert "no target image can be used (6 box_outside)" in done.stderr
+    assert "no target row can be used (6 box_outside)" in done.stderr
     one = user_images(tmp_path).with_columns(
         boxes=pl.when(pl.col("path") == "000.jpg").then(outside).otherwise("boxes")
     )

@@ -91,6 +91,8 @@ class World:
         columns = {
             "view_id": [f"{name}#full" for name in names],
             "id": names,
+            "truth": [[label] for label in labels],
+            "texts": [None] * len(names),
             "view": "full",
             "role": role,
             "label": labels,
