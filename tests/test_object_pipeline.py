@@ -115,6 +115,7 @@ def listed(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         "model.recipe.epochs=1",
         "model.recipe.batch_size=16",
         "probe.k=5",
+        "probe.query.choose=all",
         "reference=[text_ngrams]",
         "scoring.resamples=200",
         "tracking=none",
