@@ -151,3 +151,24 @@ def test_help_shows_every_group() -> None:
     done = subprocess.run([sys.executable, "-m", "dejavu_exp", "--help"], capture_output=True, text=True)
     for group in {path.parts[0] for path in GROUPS}:
         assert f"{group}: " in done.stdout
+
+
+def test_a_reference_may_be_asked_in_another_way_than_the_encoder() -> None:
+    parts = config.build(
+        resolved("experiment=captions", "reference=two_model", "+probe@references.two_model.probe=caption_to_caption")
+    )
+    assert parts["probe"].reads == {"images", "texts"}
+    assert parts["references"]["two_model"].probe.reads == {"texts"}
+
+
+def test_text_encoders_side_by_side_are_asked_like_the_encoder() -> None:
+    named = ["text_ngrams", "text_minilm", "text_gte_large", "text_e5_base"]
+    parts = config.build(resolved("experiment=captions", f"reference=[{','.join(named)}]", "probe.k=7"))
+    assert list(parts["references"]) == named
+    for name, reference in parts["references"].items():
+        assert (reference.key, reference.probe.k, reference.probe.query) == (
+            f"references.{name}",
+            7,
+            parts["probe"].query,
+        )
+    assert parts["references"]["text_e5_base"].encoder.prompt == "query: "
