@@ -307,7 +307,10 @@ class DetectorTransform:
 
     def text(self) -> str:
         """All that decides what comes out."""
-        return f"{type(self.processor).__name__} {self.processor.to_json_string()} padded to {self.padded_px}"
+        import transformers
+
+        what = f"{type(self.processor).__name__} {self.processor.to_json_string()} padded to {self.padded_px}"
+        return f"{what}, transformers {transformers.__version__}"
 
 
 def _lacks(folder: Path, *, weights: bool) -> str:
