@@ -178,21 +178,30 @@ def test_a_killed_run_goes_on_to_the_same_bytes(step: int, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(tmp_path: Path) -> None:
-    """Each sees half of every batch, and contrasts it with all of it. Float32 sums in another order: 1e-4."""
-    recipe = replace(RECIPE, optimizer=Optimizer("sgd", 0.05), masking_rate=0.2, captions="random")
-    model = replace(MODEL, recipe=recipe)
+    """Each sees half of every batch, and contrasts it with all of it. Float32 sums in another order: 1e-4.
+
+    One thread in each: with two, one process alone differs from itself with one by up to 1e-3.
+    """
+    recipe = replace(RECIPE, optimizer=Optimizer("sgd", 0.02), masking_rate=0.2, captions="random")
+    arch = {"embed_dim": 16, "vision_cfg": VISION | {"image_size": 64}, "text_cfg": TEXT}
+    model = replace(MODEL, network=replace(NETWORK, arch_config=arch), recipe=recipe)
     states = []
-    for devices in (1, 2):
-        inputs = pairs(tmp_path / str(devices), settings=TrainingSettings(devices=devices))
-        model.train(inputs)
-        (path,) = inputs.cache.rglob("network.safetensors")
-        states.append(load_file(path))
-    start = NETWORK.start().state_dict()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        for devices in (1, 2):
+            inputs = pairs(tmp_path / str(devices), settings=TrainingSettings(devices=devices))
+            model.train(inputs)
+            (path,) = inputs.cache.rglob("network.safetensors")
+            states.append(load_file(path))
+    finally:
+        torch.set_num_threads(threads)
+    start = model.network.start().state_dict()
     for name, value in states[0].items():
         if value.is_floating_point():
             assert float((value - states[1][name]).abs().max()) < 1e-4 * max(1.0, float(value.abs().max())), name
     moved = [float((states[0][name] - start[name]).abs().max()) for name in ("logit_scale", "text_projection")]
-    assert min(moved) > 1e-3
+    assert min(moved) > 1e-2
 
 
 def test_masking_blanks_as_many_tokens_as_the_rate_says_and_never_the_ends() -> None:

@@ -136,15 +136,20 @@ def test_an_unknown_key_without_plus_is_refused_by_hydra() -> None:
 
 @pytest.mark.parametrize("flag", [["--help"], ["--cfg", "job"]])
 def test_the_command_line_answers_at_once(flag: list[str]) -> None:
-    """Under a second; of three tries the best counts, for a machine may be busy."""
-    seconds = []
+    """Under a second; of three tries the best counts, for a machine may be busy.
+
+    On a slow one it must not take longer than six imports of Hydra alone; an import of torch takes eleven.
+    """
+    seconds: list[float] = []
+    bare: list[float] = []
     for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "dejavu_exp", *flag], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - start)
-        assert done.returncode == 0, done.stderr
-    assert "naive_bayes" in done.stdout
-    assert min(seconds) < 1.0
+        for command, times in ((["-m", "dejavu_exp", *flag], seconds), (["-c", "import hydra"], bare)):
+            start = time.perf_counter()
+            done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+            times.append(time.perf_counter() - start)
+            assert done.returncode == 0, done.stderr
+            assert "naive_bayes" in done.stdout or times is bare
+    assert min(seconds) < max(1.0, 6 * min(bare))
 
 
 def test_help_shows_every_group() -> None:
