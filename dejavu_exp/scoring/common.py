@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import polars as pl
 from dejavu_exp import metrics, provenance
 from dejavu_exp.errors import ConfigError
 from dejavu_exp.statistics import Draws
-from dejavu_exp.tables import Status
+from dejavu_exp.tables import Role, Status
 
 
 def check_interval(level: float, resamples: int) -> None:
@@ -49,6 +50,56 @@ def mean_of_same(first: Draws, second: Draws) -> Draws:
 def points(estimate: Mapping[str, Any]) -> str:
     """A share as percentage points with its interval."""
     return f"{100 * estimate['value']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}] points"
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a gap is said: what comes before its figure on target rows, and between the two where rows are unseen."""
+
+    before: str
+    between: str
+
+
+def verdict(
+    gaps: Mapping[str, Mapping[str, Any]],
+    corrected: Mapping[str, Any] | None,
+    said: Wording,
+    level: float,
+    *,
+    random: bool,
+) -> str:
+    """One sentence: what a gap shows, and what it does not.
+
+    Args:
+        gaps: the headline gap of each role.
+        corrected: on target rows less on unseen ones; None without unseen rows.
+        said: the gap in words.
+        level: of the intervals.
+        random: True where the encoder's weights are random.
+    """
+    if random:
+        return "Nothing is measured: the encoder's weights are random; its figures say nothing of a trained model."
+    raw = gaps.get(Role.TARGET, {"value": None})
+    if raw["value"] is None:
+        return "Nothing is measured: no target row could be used; the counts by status say why."
+    on_target = f"{said.before} {points(raw)} on target rows"
+    if corrected is None or corrected["value"] is None:
+        return (
+            f"Memorization is not separated from knowledge: {on_target}, but without unseen rows this raw gap also "
+            "contains whatever the encoder knows better than the reference."
+        )
+    found = (
+        f"the corrected gap is {points(corrected)} ({corrected['n_used']} rows, {100 * level:g} % interval): "
+        f"{on_target}{said.between} {points(gaps[Role.UNSEEN])} on rows it never saw"
+    )
+    if corrected["low"] > 0:
+        return f"Memorization is shown: {found}."
+    if corrected["high"] < 0:
+        return (
+            f"No memorization is shown: {found}; below zero, target and unseen rows differ in something else than "
+            "having been seen."
+        )
+    return f"No memorization is shown: {found}; the interval holds zero."
 
 
 def planted(

@@ -261,32 +261,11 @@ class LabelInference:
 
     def verdict(self, figures: Mapping[str, Any], reference: str, *, random: bool) -> str:
         """One sentence: what the figures show, and what they do not."""
-        if random:
-            return "Nothing is measured: the encoder's weights are random; its figures say nothing of a trained model."
         top = metrics.percent_key(max(self.fractions))
-        raw = figures["roles"][Role.TARGET]["top1"][top]["gap"]
-        if raw["value"] is None:
-            return "Nothing is measured: no target row could be used; the counts by status say why."
+        gaps = {role: found["top1"][top]["gap"] for role, found in figures["roles"].items()}
         corrected = figures.get("corrected_gap", {}).get("top1", {}).get(top)
-        on_target = f"the encoder beats {reference} by {common.points(raw)} on target rows"
-        if corrected is None or corrected["value"] is None:
-            return (
-                f"Memorization is not separated from knowledge: {on_target}, but without unseen rows this raw gap also "
-                "contains whatever the encoder knows better than the reference."
-            )
-        unseen = figures["roles"][Role.UNSEEN]["top1"][top]["gap"]
-        found = (
-            f"the corrected gap is {common.points(corrected)} ({corrected['n_used']} rows, {100 * self.level:g} % "
-            f"interval): {on_target} and by {common.points(unseen)} on rows it never saw"
-        )
-        if corrected["low"] > 0:
-            return f"Memorization is shown: {found}."
-        if corrected["high"] < 0:
-            return (
-                f"No memorization is shown: {found}; below zero, target and unseen rows differ in something else than "
-                "having been seen."
-            )
-        return f"No memorization is shown: {found}; the interval holds zero."
+        said = common.Wording(f"the encoder beats {reference} by", " and by")
+        return common.verdict(gaps, corrected, said, self.level, random=random)
 
 
 def _shares(quadrants: pl.Series, weights: FloatArray) -> FloatArray:

@@ -166,7 +166,7 @@ class ObjectInference:
         """
         objects = pl.col("truth").list.drop_nulls().list.unique().list.sort()
         ok = rows.filter(pl.col("status") == Status.OK).select("id", objects=objects)
-        both = [_in_order(evidence, ok["id"].to_list()) for evidence in (target, reference)]
+        both = [evidence.take(ok["id"].to_list()) for evidence in (target, reference)]
         answered = np.all([np.isfinite(evidence.probabilities).all(axis=1) for evidence in both], axis=0)
         why = (
             pl.when(pl.col("objects").is_null())
@@ -179,7 +179,7 @@ class ObjectInference:
         ok = ok.with_columns(why=why)
         used = ok.filter(pl.col("why").is_null()).select("id", "objects")
         if len(used) < len(ok):
-            both = [_in_order(evidence, used["id"].to_list()) for evidence in both]
+            both = [evidence.take(used["id"].to_list()) for evidence in both]
         columns = self._columns(used, *both)
         joined = (
             rows.select("id", "role", "label", "status", reference=pl.lit(name))
@@ -470,39 +470,13 @@ class ObjectInference:
 
     def verdict(self, figures: Mapping[str, Any], reference: str, *, random: bool) -> str:
         """One sentence: what the figures show, and what they do not."""
-        if random:
-            return "Nothing is measured: the encoder's weights are random; its figures say nothing of a trained model."
-        raw = figures["roles"].get(Role.TARGET, {}).get(self.headline, {}).get("gap", {"value": None})
-        if raw["value"] is None:
-            return "Nothing is measured: no target row could be used; the counts by status say why."
+        gaps = {role: found[self.headline]["gap"] for role, found in figures["roles"].items()}
         corrected = figures.get("corrected", {}).get(self.headline, {}).get("gap")
         more = (
             f"the share of rows where the encoder finds more of the objects than {reference}, less the share where it"
         )
-        on_target = f"{more} finds fewer (PRG), is {common.points(raw)} on target rows"
-        if corrected is None or corrected["value"] is None:
-            return (
-                f"Memorization is not separated from knowledge: {on_target}, but without unseen rows this raw gap also "
-                "contains whatever the encoder knows better than the reference."
-            )
-        unseen = figures["roles"][Role.UNSEEN][self.headline]["gap"]
-        found = (
-            f"the corrected gap is {common.points(corrected)} ({corrected['n_used']} rows, {100 * self.level:g} % "
-            f"interval): {on_target} and {common.points(unseen)} on rows it never saw"
-        )
-        if corrected["low"] > 0:
-            return f"Memorization is shown: {found}."
-        if corrected["high"] < 0:
-            return (
-                f"No memorization is shown: {found}; below zero, target and unseen rows differ in something else than "
-                "having been seen."
-            )
-        return f"No memorization is shown: {found}; the interval holds zero."
-
-
-def _in_order(evidence: Evidence, ids: list[str]) -> Evidence:
-    """The evidence for these ids; no copy where it has exactly them."""
-    return evidence if evidence.ids == tuple(ids) else evidence.take(ids)
+        said = common.Wording(f"{more} finds fewer (PRG), is", " and")
+        return common.verdict(gaps, corrected, said, self.level, random=random)
 
 
 def _flat(objects: pl.Series) -> _Truth:
