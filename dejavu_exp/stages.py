@@ -60,7 +60,7 @@ class Views:
         rows: the manifest's rows that have a role, with `role` and `content`.
         queries: query views of roles target, unseen and heldout, columns of `tables.VIEWS`.
         bank: bank views of role public.
-        shortfalls: what the split asked for and did not get, and what the bank lacks.
+        shortfalls: what the split asked for and did not get.
     """
 
     manifest: Manifest
@@ -166,8 +166,7 @@ def name_truth(plan: Plan, views: Views) -> Views:
     )
     views = replace(views, queries=queries)
     _check(views, plan)
-    lost = set(views.measured()["truth"].explode()) - set(views.labels())
-    return replace(views, shortfalls=[*views.shortfalls, *plan.scoring.check_bank(sorted(lost))])
+    return views
 
 
 def _truth(plan: Plan, views: Views) -> pl.DataFrame:
@@ -211,6 +210,13 @@ def _check(views: Views, plan: Plan) -> None:
             f"no target row can be used{_told(views.queries, Role.TARGET)}. Lower split.min_side_px for background "
             "crops; check boxes, captions and objects."
         )
+    _bank_notes(views, plan)
+
+
+def _bank_notes(views: Views, plan: Plan) -> list[str]:
+    """What a reader must know of measured labels or objects that no public row has; some scorings refuse them."""
+    lost = set(views.measured()["truth"].explode()) - set(views.labels())
+    return plan.scoring.check_bank(sorted(lost))
 
 
 def _told(views: pl.DataFrame, role: Role) -> str:
@@ -438,7 +444,7 @@ def collect(
 
 def notes(plan: Plan, views: Views, encoder: LoadedEncoder) -> list[str]:
     """What a reader must know before believing a figure."""
-    found = list(views.shortfalls)
+    found = [*views.shortfalls, *_bank_notes(views, plan)]
     if encoder.random:
         found.append("The encoder's weights are random: no figure here says anything of a trained model.")
     roles = set(views.measured()["role"])

@@ -16,6 +16,9 @@ import pytest
 from conftest import SMALL, Finished, measure
 from PIL import Image
 
+from dejavu_exp.datasets.manifest import ManifestFile
+from dejavu_exp.splits import PerClassSplit
+
 
 def without_times(figures: dict[str, Any]) -> str:
     run = {key: value for key, value in figures["run"].items() if key not in ("created", "seconds")}
@@ -225,6 +228,20 @@ def test_a_class_without_public_images_is_refused(tmp_path: Path) -> None:
     assert done.code == 1
     assert "public" in done.stderr
     assert "split." in done.stderr
+
+
+def test_a_class_whose_public_image_does_not_decode_is_refused(tmp_path: Path) -> None:
+    rows = user_images(tmp_path)
+    rows.write_parquet(tmp_path / "images.parquet")
+    split = PerClassSplit(target=3, heldout=2, shared=0, public=1, unseen=3, min_side_px=8)
+    roles = split.assign(ManifestFile(tmp_path / "images.parquet").manifest().rows, seed=0)
+    (victim,) = roles.filter(role="public", label="a")["id"]
+    content = (tmp_path / victim).read_bytes()
+    (tmp_path / victim).write_bytes(content[: len(content) // 2])
+    done = own_run(tmp_path, rows, "split.public=1", "probe.k=1")
+    assert done.code == 1
+    assert "Traceback" not in done.stderr
+    assert "class a has no usable public image" in done.stderr
 
 
 def test_duplicate_ids_and_missing_columns_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dejavu_exp.encoders import weights as sources
-from dejavu_exp.encoders.base import IMAGES, LoadedEncoder, finish
+from dejavu_exp.encoders.base import IMAGES, LoadedEncoder, finish, plain
 from dejavu_exp.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ class TimmEncoder:
     key: str = field(default="model", compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "arch_args", _plain(self.arch_args))
+        object.__setattr__(self, "arch_args", plain(self.arch_args))
         if self.output not in OUTPUTS:
             raise ConfigError(f"{self.key}.output={self.output}: must be one of {', '.join(OUTPUTS)}.")
         taken = {"pretrained", "pretrained_cfg", "checkpoint_path", "features_only"} & set(self.arch_args)
@@ -190,13 +190,6 @@ class TimmEncoder:
         state = sources.as_state_dict(sources.read_checkpoint(path), path)
         own_head = [key for key in model.state_dict() if any(key.startswith(f"{name}.") for name in head)]
         sources.load_strictly(model, state, self.arch, path, own_head if self.output == "features" else ())
-
-
-def _plain(value: object) -> object:
-    """Mappings and sequences of any kind, such as Hydra's, as dict and list, which timm can copy and print."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 def _classifiers(model: nn.Module) -> tuple[str, ...]:
