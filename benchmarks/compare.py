@@ -14,11 +14,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from dejavu_exp import crops, metrics, neighbours
-from dejavu_exp.references import naive_bayes
+from dejavu_exp import crops, neighbours
 
-QUERIES, BANK, WIDTH, LABELS, K = 4_000, 50_000, 512, 1_000, 100
-"""Queries, public images, embedding width, labels, neighbours."""
+QUERIES, BANK, WIDTH, K = 4_000, 50_000, 512, 100
+"""Queries, public images, embedding width, neighbours."""
 
 
 def seconds(action: Callable[[], Any], tries: int = 3) -> float:
@@ -54,26 +53,6 @@ def search(rng: np.random.Generator) -> tuple[str, dict[str, float]]:
     }
 
 
-def votes(rng: np.random.Generator) -> tuple[str, dict[str, float]]:
-    """Votes, entropies and ranking of neighbours."""
-    from scipy.stats import entropy
-
-    codes = rng.zipf(1.4, size=(QUERIES, K)) % LABELS
-    ids, labels = [str(row) for row in range(QUERIES)], [f"{label:04d}" for label in range(LABELS)]
-
-    def by_row() -> list[tuple[float, Any]]:
-        counts = [np.bincount(row, minlength=LABELS) for row in codes]
-        return [(float(entropy(row)), np.argsort(-row, kind="stable")[:5]) for row in counts]
-
-    found = neighbours.vote(ids, codes, labels, "lowest_label")
-    if not np.allclose(-found.confidence, [row[0] for row in by_row()]):
-        sys.exit("votes: the entropies differ from scipy's")
-    return f"votes and entropy: {QUERIES} rows, k = {K}, {LABELS} labels", {
-        "dejavu_exp": seconds(lambda: neighbours.vote(ids, codes, labels, "lowest_label")),
-        "numpy and scipy row by row": seconds(by_row),
-    }
-
-
 def rectangles(rng: np.random.Generator) -> tuple[str, dict[str, float]]:
     """The largest rectangle outside four boxes."""
     corners = rng.integers(0, 380, size=(2_000, 4, 2))
@@ -84,59 +63,10 @@ def rectangles(rng: np.random.Generator) -> tuple[str, dict[str, float]]:
     }
 
 
-def bayes(rng: np.random.Generator) -> tuple[str, dict[str, float]]:
-    """Class scores of the released rule from tag counts."""
-    tags = [f"tag{index}" for index in range(500)]
-    counts = {f"{label:04d}": {tag: int(rng.integers(1, 50)) for tag in tags[::3]} for label in range(200)}
-    questions = [[str(tag) for tag in rng.choice(tags, 5, replace=False)] for _ in range(1_000)]
-
-    def plainly() -> list[list[float]]:
-        totals: dict[str, int] = {}
-        for found in counts.values():
-            for tag, count in found.items():
-                totals[tag] = totals.get(tag, 0) + count
-        result = []
-        for names in questions:
-            row = []
-            for found in counts.values():
-                product = 1.0
-                for tag in reversed(names):
-                    product *= found.get(tag, 1e-10) / totals.get(tag, 1e-10)
-                row.append(product)
-            result.append(row)
-        return result
-
-    if not np.array_equal(plainly(), naive_bayes.authors_scores(questions, counts, 5, laplace=False)):
-        sys.exit("naive Bayes: the scores differ from the plain loops")
-    return "naive Bayes, the authors' rule: 1,000 images, 200 classes, 5 tags", {
-        "dejavu_exp": seconds(lambda: naive_bayes.authors_scores(questions, counts, 5, laplace=False)),
-        "plain loops": seconds(plainly),
-    }
-
-
-def curves(rng: np.random.Generator) -> tuple[str, dict[str, float]]:
-    """Accuracy at the most confident 20 % on bootstrap resamples."""
-    correct, confidence = rng.integers(0, 2, 5_000), rng.integers(0, 400, 5_000) / 100
-    weights = rng.multinomial(5_000, np.full(5_000, 1 / 5_000), size=200).astype(np.float64)
-
-    def one_by_one() -> list[float]:
-        result = []
-        for row in weights.astype(int):
-            index = np.repeat(np.arange(5_000), row)
-            order = np.argsort(-confidence[index], kind="stable")[:1_000]
-            result.append(float(correct[index][order].mean()))
-        return result
-
-    return "bootstrap of accuracy at 20 %: 5,000 rows, 200 resamples", {
-        "dejavu_exp, ties shared": seconds(lambda: metrics.confident_means(correct, confidence, [0.2], weights)),
-        "numpy resample by resample": seconds(one_by_one),
-    }
-
-
 def main() -> None:
     """Print one table."""
     table = Table("task", "way", "seconds", "times dejavu_exp")
-    for part in (search, votes, rectangles, bayes, curves):
+    for part in (search, rectangles):
         title, found = part(np.random.default_rng(0))
         first = next(iter(found.values()))
         for way, taken in found.items():

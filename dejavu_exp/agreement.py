@@ -223,7 +223,7 @@ def _draws(
         rows = _judged(judgements, group[0])
         n_rows = int(rows.sum())
         kept = {name: judgements[name].take(rows) for name in dict.fromkeys(itertools.chain(*group))}
-        parts = [partial(_differences, kept, group, fractions)]
+        parts = [_differences(kept, group, fractions)]
         if role == Role.TARGET:
             parts.append(partial(_measures, len(group), _products(kept, group), n_rows))
         rng = provenance.rng(seed, f"bootstrap/agreement/{role}")
@@ -248,14 +248,22 @@ def _by_pair(draws: Draws, pairs: Sequence[Pair]) -> dict[Pair, Draws]:
 
 
 def _differences(
-    judgements: Mapping[str, _Judgement], pairs: Sequence[Pair], fractions: Sequence[float], weights: FloatArray
-) -> FloatArray:
-    """Mean value of the second less that of the first at each fraction, shape (B, pairs, fractions)."""
-    accuracies = {
-        name: metrics.confident_means(found.sets["value"], found.confidence, fractions, weights)
+    judgements: Mapping[str, _Judgement], pairs: Sequence[Pair], fractions: Sequence[float]
+) -> Callable[[FloatArray], FloatArray]:
+    """Mean value of the second less that of the first at each fraction, as a function of weights.
+
+    Its result has shape (B, pairs, fractions).
+    """
+    means = {
+        name: metrics.TopMeans.of(found.sets["value"][:, None], found.confidence, fractions)
         for name, found in judgements.items()
     }
-    return np.stack([accuracies[second] - accuracies[first] for first, second in pairs], axis=1)
+
+    def differences(weights: FloatArray) -> FloatArray:
+        values = {name: mean(weights)[:, :, 0] for name, mean in means.items()}
+        return np.stack([values[second] - values[first] for first, second in pairs], axis=1)
+
+    return differences
 
 
 def _products(judgements: Mapping[str, _Judgement], pairs: Sequence[Pair]) -> FloatArray:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import inspect
+import json
 import os
 import sys
 import types
@@ -24,7 +26,28 @@ _PACKAGED = Path(__file__).parent / "conf"
 CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "conf"
 """Where the configuration groups are: inside the package in a wheel, beside it in a source tree."""
 
+NO_INFLUENCE = (
+    ("run",),
+    ("tracking",),
+    ("trainer", "cache"),
+    ("trainer", "devices"),
+    ("trainer", "workers"),
+)
+"""Keys that change no figure: two configurations that differ in nothing else are the same cell of a sweep."""
+
 PARTS = ("model", "dataset", "split", "probe", "tagger", "scoring", "trainer", "training", "utility", "tracking")
+
+
+LONGEST_REFERENCES = 60
+"""Characters of the references' names in a folder's name; file systems allow 255 in all."""
+
+
+@dataclass
+class RunOptions:
+    """What the command does with the configuration; written down nowhere, for no figure depends on it."""
+
+    plan: bool = False
+    again: bool = False
 
 
 @dataclass
@@ -44,6 +67,7 @@ class Schema:
     training: Any = None
     utility: Any = None
     tracking: Any = None
+    run: RunOptions = field(default_factory=RunOptions)
 
 
 @contextmanager
@@ -62,6 +86,7 @@ def register() -> None:
     from omegaconf import OmegaConf
 
     OmegaConf.register_new_resolver("weights_of_arch", _weights_of_arch, replace=True)
+    OmegaConf.register_new_resolver("cell", _cell_name, replace=True)
 
 
 def _weights_of_arch(arch: str, *, _root_: DictConfig) -> str:
@@ -71,6 +96,26 @@ def _weights_of_arch(arch: str, *, _root_: DictConfig) -> str:
     if OmegaConf.select(_root_, "model.arch") == arch:
         return str(OmegaConf.select(_root_, "model.weights"))
     return "hub"
+
+
+def _cell_name(*, _root_: DictConfig) -> str:
+    """The folder of a cell in its sweep: readable, and the same for each task of a job and after a requeue."""
+    from omegaconf import OmegaConf
+
+    resolved = resolve(OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"]))
+    model = OmegaConf.select(_root_, "hydra.runtime.choices.model") or "model"
+    return f"{Path(str(model)).name}-{'+'.join(resolved['references'])[:LONGEST_REFERENCES]}-{content_hash(resolved)}"
+
+
+def content_hash(resolved: Mapping[str, Any]) -> str:
+    """12 hexadecimal digits that change with every value of a resolved configuration that may change a figure."""
+    kept = json.loads(json.dumps(resolved, default=str))
+    for *above, last in NO_INFLUENCE:
+        node = kept
+        for key in above:
+            node = node.get(key, {})
+        node.pop(last, None)
+    return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=6).hexdigest()
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
@@ -143,7 +188,9 @@ def bind(node: object, key: str) -> Any:  # noqa: ANN401 - whatever `_target_` n
 
 def _check_arguments(target: type, arguments: Mapping[str, object], key: str) -> None:
     """Compare the keys of a node and their plain values with the signature of what it builds."""
-    hints = typing.get_type_hints(target.__init__, None, _KnownNames(vars(inspect.getmodule(target))))  # type: ignore[misc]
+    # A class from elsewhere that extends one of ours has fields whose annotations are names of our module.
+    known = {name: value for part in reversed(target.__mro__) for name, value in vars(inspect.getmodule(part)).items()}
+    hints = typing.get_type_hints(target.__init__, None, _KnownNames(known))  # type: ignore[misc]
     parameters = inspect.signature(target).parameters
     for name in arguments:
         if name not in parameters:

@@ -9,12 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl_lightning
+from lightning.pytorch.plugins.environments import LightningEnvironment
 
 NOISE = (
     "does not have many workers",  # whether more would help is for the configuration to say
     "LeafSpec",
     "have no `val_dataloader`",
     "lr_scheduler.step.*before.*optimizer.step",
+    "The `srun` command is available",
     "The epoch parameter in `scheduler.step",
 )
 """Warnings of Lightning and PyTorch that a user can do nothing about."""
@@ -34,6 +36,7 @@ def quiet_trainer(
     *callbacks: pl_lightning.Callback,
     bfloat16: bool = False,
     devices: int = 1,
+    index: int = 0,
     **options: Any,  # noqa: ANN401
 ) -> Iterator[pl_lightning.Trainer]:
     """A Lightning trainer that says nothing: tables, caches and progress bars are ours to write.
@@ -44,13 +47,16 @@ def quiet_trainer(
         bfloat16: run under bfloat16 autocast.
         devices: processes, one a device. Several are spawned, never by running the command line again, which would
             start a sweep a second time.
+        index: of the GPU, where there is one process; see `ranks`.
         options: further options of Lightning's trainer.
     """
     with warnings.catch_warnings():
         hush()
         yield pl_lightning.Trainer(
             accelerator="gpu" if device == "cuda" else "cpu",
-            devices=devices,
+            devices=[index] if device == "cuda" and devices == 1 else devices,
+            # Whoever started this process, SLURM or torchrun: Lightning starts its own processes, or none.
+            plugins=[LightningEnvironment()],
             strategy="ddp_spawn" if devices > 1 else "auto",
             sync_batchnorm=devices > 1 and device == "cuda",
             precision="bf16-mixed" if bfloat16 else "32-true",

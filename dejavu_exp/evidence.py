@@ -17,6 +17,8 @@ TOP = 10
 """Labels that are ranked."""
 NEAREST = 5
 """Bank rows that are kept by id, to be shown."""
+BLOCK_CELLS = 1_000_000
+"""Probabilities that are ranked at a time."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,12 @@ class Evidence:
             return {}
         return {name: [near for near in row if near] for name, row in zip(self.ids, self.nearest, strict=True)}
 
+    def answered(self) -> BoolArray:
+        """True where the predictor has something to say; shape (N,)."""
+        # A row is finite as a whole or not at all, and its sum is finite then; no matrix of booleans is needed.
+        with np.errstate(invalid="ignore"):
+            return np.asarray(np.isfinite(self.probabilities.sum(axis=1)))
+
     def correct(self, truth: IntArray, top: int = 1) -> BoolArray:
         """True where the true label is among the `top` first; shape (N,). `truth` holds columns, -1 for none."""
         return np.asarray(((self.ranking[:, :top] == truth[:, None]) & (truth[:, None] >= 0)).any(axis=1))
@@ -142,19 +150,32 @@ def from_probabilities(
     """
     n_rows, n_labels = probabilities.shape
     order_of_ties = np.arange(n_labels) if tie_order is None else tie_order
-    keep = min(TOP, n_labels)
-    ranking = np.empty((n_rows, keep), dtype=np.int64)
+    ranking = np.empty((n_rows, min(TOP, n_labels)), dtype=np.int64)
     tied = np.zeros(n_rows, dtype=np.bool_)
-    block = max(1, 20_000_000 // max(n_labels, 1))
+    block = max(1, BLOCK_CELLS // max(n_labels, 1))
     for start in range(0, n_rows, block):
-        part = np.asarray(probabilities[start : start + block])
-        ties = np.broadcast_to(
-            order_of_ties if order_of_ties.ndim == 1 else order_of_ties[start : start + block], part.shape
-        )
-        ranks = np.lexsort((ties, -part), axis=1)[:, :keep]
-        best = np.take_along_axis(part, ranks, axis=1)
-        ranking[start : start + block] = np.where(best > 0, ranks, -1)
-        tied[start : start + block] = (part == best[:, :1]).sum(axis=1) > 1
+        rows = slice(start, start + block)
+        ties = order_of_ties if order_of_ties.ndim == 1 else order_of_ties[rows]
+        ranking[rows], tied[rows] = _ranked(np.asarray(probabilities[rows]), ties)
     if confidence is None:
         confidence = -metrics.entropy(probabilities)
     return Evidence(tuple(ids), tuple(labels), probabilities, ranking, confidence, tied, distance)
+
+
+def _ranked(probabilities: npt.NDArray[Any], ties: npt.NDArray[Any]) -> tuple[IntArray, BoolArray]:
+    """Ranking and ties of some rows; see `from_probabilities`."""
+    n_rows, n_labels = probabilities.shape
+    keep = min(TOP, n_labels)
+    # Negative, so that NaN comes last as the largest would.
+    negative = -probabilities
+    largest = np.partition(negative, keep - 1, axis=1)[:, :keep]
+    # Only what is no smaller than the last that is kept needs to be sorted, and nothing without evidence.
+    rows, columns = np.nonzero((negative <= largest[:, -1:]) & (negative < 0))
+    order = np.lexsort((np.broadcast_to(ties, negative.shape)[rows, columns], negative[rows, columns], rows))
+    counts = np.bincount(rows, minlength=n_rows)
+    place = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+    ranking = np.full((n_rows, keep), -1, dtype=np.int64)
+    kept = place < keep
+    ranking[rows[kept], place[kept]] = columns[order][kept]
+    tied = (negative == largest.min(axis=1, keepdims=True)).sum(axis=1) > 1
+    return ranking, np.asarray(tied)

@@ -1,11 +1,10 @@
-"""Embedding extraction: a Lightning predict run that writes checksummed shards, cached by content and resumable."""
+"""Embedding extraction: Lightning predict runs, one a device, that share the shards of a request; cached, resumable."""
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,54 +12,30 @@ from typing import Any, Literal, cast
 import lightning.pytorch as pl_lightning
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from dejavu_exp import progress, provenance, tables, texts
+from dejavu_exp import images, progress, provenance, ranks, texts
 from dejavu_exp.datasets.stores import ImageStore
 from dejavu_exp.devices import quiet_trainer
 from dejavu_exp.encoders import LoadedEncoder
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.images import ViewImages
-from dejavu_exp.tables import BoolArray, Float32Array
+from dejavu_exp.leases import POLL_S, Leases, Pieces
+from dejavu_exp.shards import Embeddings, ShardFolder, Storage
+from dejavu_exp.tables import Float32Array
 from dejavu_exp.texts import Tokens, ViewTexts
-
-log = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tokens, Tensor, list[str]]
 Outputs = tuple[Tensor, Tensor, list[str]]
 GOES_IN = {"images": ("path", "content", "xmin", "ymin", "xmax", "ymax"), "texts": ("texts",)}
 """What an embedding depends on, by what the view shows."""
-SHARD_ROWS = 1024
-"""Rows a shard holds at least; what a killed run loses at most, on each device."""
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """The encoder's output for each view asked for.
-
-    Attributes:
-        view_ids: N ids, in the order asked for.
-        values: shape (N, D), float32; NaN where the image could not be decoded.
-        readable: shape (N,), False where the image could not be decoded.
-        reasons: why not, by view id.
-        classes: names of the D columns, or None.
-    """
-
-    view_ids: tuple[str, ...]
-    values: Float32Array
-    readable: BoolArray
-    reasons: dict[str, str]
-    classes: tuple[str, ...] | None
-
-    def readable_only(self) -> Embeddings:
-        """The rows whose image could be decoded."""
-        ids = tuple(view_id for view_id in self.view_ids if view_id not in self.reasons)
-        return Embeddings(ids, self.values[self.readable], self.readable[self.readable], {}, self.classes)
+LOOK_S = 2.0
+"""Seconds between two counts of what other ranks have done."""
+TRIES = 3
+"""Times that damaged shards are made again before the disk is given up."""
 
 
 @dataclass(frozen=True)
@@ -68,37 +43,73 @@ class Extractor:
     """How embeddings are computed and where they are kept.
 
     Attributes:
-        cache: folder of the embeddings; any number of runs may share it.
+        cache: folder of the embeddings; any number of runs, of any machines that see it, may share it.
         accelerator: "auto", "cpu" or "cuda".
+        devices: processes that share the work, one a device of this machine; "auto" for one a GPU. Tasks that SLURM or
+            torchrun has started are taken as they are.
         precision: "auto" (bfloat16 autocast on GPUs that have it, else float32), "float32" or "bfloat16".
+        storage: type of the embeddings on disk, "float32" or "float16".
         batch_size: images a forward pass; of captions, the views whose texts are in it.
-        workers: processes that decode; null for one a core, at most 8.
+        shard_rows: rows that are written at a time, rounded up to whole batches; what a killed process loses at most.
+        workers: processes that decode, for each device; null for one a core, at most 8.
+        decoder: how images are decoded, one of `images.DECODERS`.
+        search_mb: of the public rows held in memory at a time by a search for neighbours, MB.
+        lease_s: seconds without a sign of life after which another process takes over what a process works on.
     """
 
     cache: Path
     accelerator: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: int | Literal["auto"] = 1
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    storage: Storage = "float32"
     batch_size: int = 64
+    shard_rows: int = 1024
     workers: int | None = None
+    decoder: Literal["auto", "pillow"] = "auto"
+    search_mb: int = 1024
+    lease_s: float = 60.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "cache", Path(self.cache))
-        if self.batch_size < 1:
-            raise ConfigError(f"trainer.batch_size={self.batch_size}: must be at least 1.")
+        if self.devices != "auto" and (isinstance(self.devices, str) or self.devices < 1):
+            raise ConfigError(f"trainer.devices={self.devices}: must be at least 1, or auto for all GPUs.")
+        for name, least in (("batch_size", 1), ("shard_rows", 1), ("search_mb", 1), ("lease_s", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"trainer.{name}={getattr(self, name)}: must be at least {least}.")
         if self.workers is not None and self.workers < 0:
             raise ConfigError(f"trainer.workers={self.workers}: must be 0 or more, or null for one a core.")
-        for key, allowed in (("accelerator", ("auto", "cpu", "cuda")), ("precision", ("auto", "float32", "bfloat16"))):
-            if getattr(self, key) not in allowed:
-                raise ConfigError(f"trainer.{key}={getattr(self, key)}: must be one of {', '.join(allowed)}.")
+        self._check_choices()
         if self.accelerator == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
                 "trainer.accelerator=cuda, but torch finds no CUDA device. Set trainer.accelerator=cpu or auto."
             )
+        if self.device == "cuda" and self.device_count > torch.cuda.device_count():
+            raise ConfigError(
+                f"trainer.devices={self.devices}, but torch finds {torch.cuda.device_count()} CUDA devices. Set "
+                "trainer.devices=auto."
+            )
+
+    def _check_choices(self) -> None:
+        for key, allowed in (
+            ("accelerator", ("auto", "cpu", "cuda")),
+            ("precision", ("auto", "float32", "bfloat16")),
+            ("storage", ("float32", "float16")),
+            ("decoder", images.DECODERS),
+        ):
+            if getattr(self, key) not in allowed:
+                raise ConfigError(f"trainer.{key}={getattr(self, key)}: must be one of {', '.join(allowed)}.")
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:
         """The kind of device that will be used."""
         return "cuda" if self.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
+
+    @property
+    def device_count(self) -> int:
+        """Devices of this machine that will be used."""
+        if self.devices == "auto":
+            return torch.cuda.device_count() if self.device == "cuda" else 1
+        return self.devices
 
     @property
     def autocast(self) -> bool:
@@ -107,13 +118,19 @@ class Extractor:
             return self.device == "cuda" and torch.cuda.is_bf16_supported()
         return self.precision == "bfloat16"
 
+    @property
+    def search_settings(self) -> dict[str, Any]:
+        """What a search for neighbours must know of it."""
+        return {"memory_mb": self.search_mb, "lease_s": self.lease_s}
+
     def embed(
         self, encoder: LoadedEncoder, views: pl.DataFrame, store: ImageStore, title: str = "embedding"
     ) -> Embeddings:
         """Embed views, of images or of texts, or read them from the cache where they were embedded before.
 
         A view of several texts has the mean of their unit vectors. The batches depend only on the views asked for,
-        never on what a killed run had finished, so a resumed run gives the same bits.
+        never on what a killed run had finished or on who does which shard, so the bits are the same with any number of
+        processes. Other jobs that want the same take part: each shard is done by whoever takes it first.
 
         Args:
             encoder: the loaded encoder.
@@ -128,25 +145,31 @@ class Extractor:
             ValueError: some views have texts and some have not.
             WeightsError: the text tower lacks its tokenizer.
         """
-        what = _shown(views, encoder)
-        encoder = encoder.reading(what)
-        wanted = views.select("view_id", *GOES_IN[what]).sort("view_id")
-        key = provenance.key_of(self._what_goes_in(encoder, wanted))
-        shards = ShardFolder(self.cache / "embeddings" / key, key, wanted["view_id"].to_list(), self._rows_per_shard())
-        shards.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(shards.folder / ".lock"):
-            missing = shards.missing()
-            if missing:
-                self._run(encoder, _data(encoder, wanted, store), shards, missing, title)
-            sorted_values, reasons = shards.read()
-        position = {view_id: row for row, view_id in enumerate(wanted["view_id"])}
-        ids = tuple(views["view_id"])
-        order = np.array([position[view_id] for view_id in ids], dtype=np.int64)
-        readable = np.array([view_id not in reasons for view_id in ids], dtype=np.bool_)
-        return Embeddings(ids, sorted_values[order], readable, reasons, encoder.classes)
+        encoder = encoder.reading(_shown(views, encoder))
+        shards = self.requested(encoder, views)
+        reasons = self._complete(encoder, shards, store, title)
+        order = views.select("view_id").with_row_index("asked").sort("view_id")["asked"].to_numpy()
+        rows = np.empty(len(order), dtype=np.int64)
+        rows[order] = np.arange(len(order))
+        readable = ~views["view_id"].is_in(pl.Series([list(reasons)], dtype=pl.List(pl.String))).to_numpy()
+        return Embeddings(shards, rows, readable, reasons, encoder.classes)
 
-    def _rows_per_shard(self) -> int:
-        return self.batch_size * -(-SHARD_ROWS // self.batch_size)
+    def requested(self, encoder: LoadedEncoder, views: pl.DataFrame) -> ShardFolder:
+        """The shards of a request, some of which may be there; writes down what is asked for.
+
+        Args:
+            encoder: the part of it that reads what the views show.
+            views: as for `embed`.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        wanted = views.select("view_id", *GOES_IN[encoder.reads]).sort("view_id")
+        key = provenance.key_of(self._what_goes_in(encoder, wanted))
+        rows_per_shard = self.batch_size * -(-self.shard_rows // self.batch_size)
+        shards = ShardFolder(self.cache / "embeddings" / key, key, len(wanted), rows_per_shard, self.storage)
+        shards.write_request(wanted)
+        return shards
 
     def _what_goes_in(self, encoder: LoadedEncoder, wanted: pl.DataFrame) -> dict[str, Any]:
         return {
@@ -158,31 +181,26 @@ class Extractor:
             "batch_size": self.batch_size,
             "device": self.device,
             "autocast": self.autocast,
+            "storage": self.storage,
+            "decoder": images.decoder_text(self.decoder) if encoder.reads == "images" else None,
             "versions": provenance.versions(),
         }
 
-    def _run(
-        self,
-        encoder: LoadedEncoder,
-        views: ViewImages | ViewTexts,
-        shards: ShardFolder,
-        missing: list[int],
-        title: str,
-    ) -> None:
-        """Compute the missing shards."""
-        planned = [rows for shard in missing for rows in shards.batches(shard, self.batch_size)]
-        workers = min(os.cpu_count() or 1, 8) if self.workers is None else self.workers
-        loader: DataLoader[Any] = DataLoader(
-            PlannedBatches(views, planned),  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=workers if len(planned) > 2 * workers else 0,
-            pin_memory=self.device == "cuda",
+    def _complete(self, encoder: LoadedEncoder, shards: ShardFolder, store: ImageStore, title: str) -> dict[str, str]:
+        """See to it that every shard is there and whole; why images could not be read, by view id."""
+        for _ in range(TRIES):
+            if shards.missing_count():
+                how = How(self.batch_size, self.workers, self.device, self.autocast, self.decoder, self.lease_s)
+                ranks.here().ask(help_embed, encoder.module, encoder.transform, encoder.reads, store, shards, how)
+                _embed_all(encoder.module, encoder.transform, encoder.reads, store, shards, how, title)
+            reasons = shards.check()
+            if not shards.missing_count():
+                shards.forget_killed()
+                return reasons
+        raise DataError(
+            f"{shards.folder}: shards were damaged as soon as they had been written, {TRIES} times. Check the disk, or "
+            "let trainer.cache name another one."
         )
-        writer = ShardWriter(shards)
-        unit = "text" if isinstance(views, ViewTexts) else "img"
-        bar = ProgressBar(title, sum(len(rows) for rows in planned), unit)
-        with quiet_trainer(self.device, writer, bar, bfloat16=self.autocast) as trainer:
-            trainer.predict(EmbeddingModule(encoder.module), loader, return_predictions=False)
 
 
 def _shown(views: pl.DataFrame, encoder: LoadedEncoder) -> str:
@@ -195,27 +213,150 @@ def _shown(views: pl.DataFrame, encoder: LoadedEncoder) -> str:
     return "images" if silent else "texts"
 
 
-def _data(encoder: LoadedEncoder, wanted: pl.DataFrame, store: ImageStore) -> ViewImages | ViewTexts:
-    if encoder.reads == "texts":
-        return ViewTexts.of(wanted, encoder.transform)
-    return ViewImages.of(wanted, store, encoder.transform)
+@dataclass(frozen=True)
+class How:
+    """What of an `Extractor` the ranks must know.
+
+    Attributes:
+        batch_size: see there.
+        workers: see there.
+        device: "cpu" or "cuda".
+        autocast: whether bfloat16 autocast is used.
+        decoder: see there.
+        lease_s: see there.
+    """
+
+    batch_size: int
+    workers: int | None
+    device: str
+    autocast: bool
+    decoder: str
+    lease_s: float
+
+
+def help_embed(
+    module: nn.Module,
+    transform: Any,  # noqa: ANN401
+    reads: str,
+    store: ImageStore,
+    shards: ShardFolder,
+    how: How,
+) -> None:
+    """In a rank other than 0: embed shards that nobody else works on, until there are none."""
+    if not shards.missing_count():
+        return
+    data = _data(transform, reads, store, shards, how.decoder)
+    with Leases(how.lease_s) as leases:
+        _embed_free(module, data, Pieces(len(shards), shards.path, leases), shards, how, None)
+
+
+def _embed_all(
+    module: nn.Module,
+    transform: Any,  # noqa: ANN401
+    reads: str,
+    store: ImageStore,
+    shards: ShardFolder,
+    how: How,
+    title: str,
+) -> None:
+    """Embed what nobody else works on; then wait for the others, and take over what they leave behind."""
+    data = _data(transform, reads, store, shards, how.decoder)
+    unit = "text" if reads == "texts" else "img"
+    done = shards.rows - shards.missing_count()
+    with Leases(how.lease_s) as leases, progress.bar(title, shards.rows, done=done, unit=unit) as bar:
+        pieces = Pieces(len(shards), shards.path, leases)
+        while True:
+            _embed_free(module, data, pieces, shards, how, bar)
+            missing = shards.missing_count()
+            _move(bar, shards.rows - missing)
+            if not missing:
+                return
+            time.sleep(POLL_S)
+
+
+def _data(
+    transform: Any,  # noqa: ANN401
+    reads: str,
+    store: ImageStore,
+    shards: ShardFolder,
+    decoder: str,
+) -> ViewImages | ViewTexts:
+    views = cast(pl.DataFrame, pl.from_arrow(shards.request))
+    if reads == "texts":
+        return ViewTexts.of(views, transform)
+    return ViewImages.of(views, store, transform, decoder)
+
+
+def _embed_free(
+    module: nn.Module,
+    data: ViewImages | ViewTexts,
+    pieces: Pieces,
+    shards: ShardFolder,
+    how: How,
+    bar: tqdm[Any] | None,
+) -> None:
+    """Embed the shards that are free, by one predict run of Lightning on this rank's device."""
+    taken = pieces.take()
+    first = next(taken, None)
+    if first is None:
+        return
+    workers = min(ranks.here().threads, 8) if how.workers is None else how.workers
+    batches = ShardBatches(shards, how.batch_size, first, taken)
+    loader: DataLoader[Any] = DataLoader(
+        PlannedBatches(data),  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=batches,
+        num_workers=workers if shards.missing_count() > 2 * workers * how.batch_size else 0,
+        pin_memory=how.device == "cuda",
+    )
+    writer = ShardWriter(shards, pieces, bar)
+    with (
+        _threads(how.device),
+        quiet_trainer(how.device, writer, bfloat16=how.autocast, index=ranks.device_index()) as trainer,
+    ):
+        trainer.predict(EmbeddingModule(module), loader, return_predictions=False)
+
+
+@contextmanager
+def _threads(device: str) -> Iterator[None]:
+    """Share the cores among the ranks of this machine. The number of threads does not change what inference gives."""
+    before = torch.get_num_threads()
+    if device == "cpu" and ranks.here().place.size > 1:
+        torch.set_num_threads(ranks.here().threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class ShardBatches(Sampler[list[int]]):
+    """The batches of one shard after another, each shard claimed when it is its turn."""
+
+    def __init__(self, shards: ShardFolder, batch_size: int, first: int, others: Iterator[int]) -> None:
+        self.shards, self.batch_size = shards, batch_size
+        self._first, self._others = first, others
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Rows of each batch."""
+        yield from self.shards.batches(self._first, self.batch_size)
+        while ranks.here().is_led():
+            shard = next(self._others, None)
+            if shard is None:
+                return
+            yield from self.shards.batches(shard, self.batch_size)
 
 
 @dataclass(frozen=True)
 class PlannedBatches:
-    """Batches whose rows are fixed beforehand: a map-style data set of whole batches."""
+    """Batches whose rows are fixed beforehand: a map-style data set that is asked for whole batches."""
 
     views: ViewImages | ViewTexts
-    rows: list[list[int]]
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Batch:
+    def __getitem__(self, rows: list[int]) -> Batch:
         if isinstance(self.views, ViewTexts):
-            return self.views.batch(self.rows[index])
-        rows, pixels, reasons = zip(*(self.views[row] for row in self.rows[index]), strict=True)
-        return torch.tensor(rows), torch.stack(pixels), torch.ones(len(rows), dtype=torch.int64), list(reasons)
+            return self.views.batch(rows)
+        numbers, pixels, reasons = zip(*(self.views[row] for row in rows), strict=True)
+        return torch.tensor(numbers), torch.stack(pixels), torch.ones(len(rows), dtype=torch.int64), list(reasons)
 
 
 class EmbeddingModule(pl_lightning.LightningModule):
@@ -235,122 +376,17 @@ class EmbeddingModule(pl_lightning.LightningModule):
         return rows.cpu(), texts.mean_of_units(values, counts.tolist()), reasons
 
 
-@dataclass(frozen=True)
-class ShardFolder:
-    """The shards of one request: Arrow files of ids, values and reasons, each with its key and checksum.
+class ShardWriter(pl_lightning.Callback):
+    """Collects batches until a shard is full, then writes it and gives back its lease; moves the bar.
 
-    Shard s holds the rows from s * rows_per_shard on, in the order of the ids.
+    Memory does not grow with the number of rows.
     """
 
-    folder: Path
-    key: str
-    view_ids: list[str]
-    rows_per_shard: int
-
-    def __len__(self) -> int:
-        return -(-len(self.view_ids) // self.rows_per_shard)
-
-    def path(self, shard: int) -> Path:
-        """Where a shard lies."""
-        return self.folder / f"{shard:06d}-of-{len(self):06d}.arrow"
-
-    def span(self, shard: int) -> range:
-        """The rows of a shard."""
-        return range(shard * self.rows_per_shard, min((shard + 1) * self.rows_per_shard, len(self.view_ids)))
-
-    def batches(self, shard: int, batch_size: int) -> Iterator[list[int]]:
-        """The rows of a shard, a batch at a time."""
-        rows = list(self.span(shard))
-        return (rows[start : start + batch_size] for start in range(0, len(rows), batch_size))
-
-    def missing(self) -> list[int]:
-        """Shards that are not there, or whose content is not what was written."""
-        return [shard for shard in range(len(self)) if self._load(shard) is None]
-
-    def read(self) -> tuple[Float32Array, dict[str, str]]:
-        """All values, shape (N, D), NaN where unreadable; and the reasons by view id.
-
-        Raises:
-            DataError: a shard is missing or damaged.
-        """
-        parts: list[Float32Array] = []
-        reasons: dict[str, str] = {}
-        for shard in range(len(self)):
-            loaded = self._load(shard)
-            if loaded is None:
-                raise DataError(f"{self.path(shard)}: the shard is missing or damaged. Run the same command again.")
-            values, why = loaded
-            reasons.update({self.view_ids[row]: text for row, text in zip(self.span(shard), why, strict=True) if text})
-            parts.append(np.where(np.array(why) == "", 1, np.float32("nan"))[:, None] * values)
-        return np.concatenate(parts) if parts else np.empty((0, 0), dtype=np.float32), reasons
-
-    def write(self, shard: int, values: Float32Array, reasons: list[str]) -> None:
-        """Write a shard under a temporary name, then rename it.
-
-        Raises:
-            DataError: an embedding is not finite, or there is no room.
-        """
-        ids = [self.view_ids[row] for row in self.span(shard)]
-        bad = ~np.isfinite(values).all(axis=1) & (np.array(reasons) == "")
-        if bad.any():
-            raise DataError(
-                f"the encoder gave NaN or infinite embeddings for {bad.sum()} views, first {ids[int(bad.argmax())]}. "
-                "Check the weights, or set trainer.precision=float32."
-            )
-        table = pa.table(
-            {
-                "view_id": ids,
-                "values": pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1]),
-                "reason": reasons,
-            }
-        ).replace_schema_metadata({"key": self.key, "checksum": checksum(ids, values, reasons)})
-        try:
-            with (
-                tables.whole(self.path(shard)) as partial,
-                partial.open("wb") as stream,
-                pa.ipc.new_file(stream, table.schema) as writer,
-            ):
-                writer.write_table(table)
-        except DataError as error:
-            raise DataError(
-                f"{error} Finished shards are kept; trainer.cache can name another disk. Then run the command again."
-            ) from error
-
-    def _load(self, shard: int) -> tuple[Float32Array, list[str]] | None:
-        """Values and reasons of a shard, or None where it is missing or damaged."""
-        try:
-            with pa.memory_map(str(self.path(shard))) as stream, pa.ipc.open_file(stream) as reader:
-                table = reader.read_all()
-                metadata = table.schema.metadata
-                ids, reasons = table["view_id"].to_pylist(), table["reason"].to_pylist()
-                values = np.array(table["values"].combine_chunks().flatten()).reshape(len(ids), -1)
-        except FileNotFoundError:
-            return None
-        except (OSError, pa.ArrowInvalid, KeyError, ValueError, UnicodeDecodeError) as error:
-            log.warning("%s is damaged and will be made again: %s", self.path(shard), error)
-            return None
-        expected = [self.view_ids[row] for row in self.span(shard)]
-        if ids != expected or metadata[b"checksum"].decode() != checksum(ids, values, reasons):
-            log.warning("%s is damaged and will be made again: its checksum does not fit", self.path(shard))
-            return None
-        return values, reasons
-
-
-def checksum(ids: Sequence[str], values: Float32Array, reasons: Sequence[str]) -> str:
-    """BLAKE2b over everything a shard holds."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(repr((list(ids), values.shape, list(reasons), tables.SCHEMA_VERSION)).encode())
-    digest.update(np.ascontiguousarray(values).data)
-    return digest.hexdigest()
-
-
-class ShardWriter(pl_lightning.Callback):
-    """Collects batches until a shard is full, then writes it: memory does not grow with the number of rows."""
-
-    def __init__(self, shards: ShardFolder) -> None:
-        self.shards = shards
+    def __init__(self, shards: ShardFolder, pieces: Pieces, bar: tqdm[Any] | None) -> None:
+        self.shards, self.pieces, self.bar = shards, pieces, bar
         self._values: list[Float32Array] = []
         self._reasons: list[str] = []
+        self._looked = time.monotonic()
 
     def on_predict_batch_end(
         self,
@@ -368,36 +404,19 @@ class ShardWriter(pl_lightning.Callback):
         shard = int(rows[-1]) // self.shards.rows_per_shard
         if int(rows[-1]) == self.shards.span(shard)[-1]:
             self.shards.write(shard, np.concatenate(self._values), self._reasons)
+            self.pieces.release(shard)
             self._values, self._reasons = [], []
+        if self.bar is not None:
+            self.bar.update(len(rows))
+            self._count_others()
+
+    def _count_others(self) -> None:
+        """Now and then, let the bar show what other processes have done."""
+        if self.bar is not None and ranks.here().place.size > 1 and time.monotonic() - self._looked > LOOK_S:
+            self._looked = time.monotonic()
+            _move(self.bar, self.shards.rows - self.shards.missing_count() + len(self._reasons))
 
 
-class ProgressBar(pl_lightning.Callback):
-    """Images or texts done, rate and time left."""
-
-    def __init__(self, title: str, total: int, unit: str) -> None:
-        self.title = title
-        self.total = total
-        self.unit = unit
-        self._bar: tqdm[Any] | None = None
-
-    def on_predict_start(self, trainer: pl_lightning.Trainer, module: pl_lightning.LightningModule) -> None:
-        """Show the bar."""
-        self._bar = progress.bar(self.title, self.total, unit=self.unit)
-
-    def on_predict_batch_end(
-        self,
-        trainer: pl_lightning.Trainer,
-        module: pl_lightning.LightningModule,
-        outputs: object,
-        batch: object,
-        index: int,
-        loader: int = 0,
-    ) -> None:
-        """Move the bar."""
-        if self._bar is not None:
-            self._bar.update(len(cast(Outputs, outputs)[0]))
-
-    def on_predict_end(self, trainer: pl_lightning.Trainer, module: pl_lightning.LightningModule) -> None:
-        """Leave the bar as it is."""
-        if self._bar is not None:
-            self._bar.close()
+def _move(bar: tqdm[Any], to: int) -> None:
+    """Move a bar forward."""
+    bar.update(max(0, to - bar.n))

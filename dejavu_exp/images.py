@@ -9,12 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+import PIL
 import polars as pl
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
-from dejavu_exp import progress, provenance
+from dejavu_exp import jpeg, progress, provenance
+from dejavu_exp.crops import Rect
 from dejavu_exp.datasets.stores import ImageStore
 from dejavu_exp.errors import DataError
+from dejavu_exp.jpeg import Pixels
 from dejavu_exp.tables import Status
 
 if TYPE_CHECKING:
@@ -22,12 +27,23 @@ if TYPE_CHECKING:
 
 UNREADABLE_ERRORS = (OSError, KeyError, SyntaxError, ValueError, Image.DecompressionBombError, UnidentifiedImageError)
 """What Pillow and the stores raise for an image that is missing, cut off or not an image."""
+DECODERS = ("auto", "pillow")
+"""How views are decoded. "pillow" decodes the whole picture and transforms it with the same bits as the encoder's own
+transform on a picture of Pillow. "auto" decodes only the region where it can, with the same bits, and lets torch
+resize, which moves some values by 1/255, seldom by 2/255, before they are normalised."""
 
 
 def decode(content: bytes) -> Image.Image:
     """Decode to RGB. EXIF rotation is not applied: boxes count in the pixels as they are stored."""
-    with Image.open(io.BytesIO(content)) as picture:
+    with _opened(content) as picture:
         return picture.convert("RGB")
+
+
+def _opened(content: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(content))
+    except UnidentifiedImageError as error:  # its message names an address in memory, another one in every run
+        raise UnidentifiedImageError("cannot identify image file") from error
 
 
 def inspect(rows: pl.DataFrame, store: ImageStore, title: str = "reading images") -> pl.DataFrame:
@@ -46,7 +62,7 @@ def inspect(rows: pl.DataFrame, store: ImageStore, title: str = "reading images"
     def look(path: str) -> tuple[str | None, int | None, int | None, str | None]:
         try:
             content = store.read(path)
-            with Image.open(io.BytesIO(content)) as picture:
+            with _opened(content) as picture:
                 return provenance.hash_bytes(content), picture.width, picture.height, None
         except UNREADABLE_ERRORS as error:
             return None, None, None, f"{path}: {error}"
@@ -74,43 +90,93 @@ def inspect(rows: pl.DataFrame, store: ImageStore, title: str = "reading images"
     )
 
 
-def cut(picture: Image.Image, region: tuple[int, int, int, int]) -> Image.Image:
+def cut(picture: Image.Image, region: Rect) -> Image.Image:
     """The region (xmin, ymin, xmax, ymax; upper ends exclusive) of an image."""
     return picture if region == (0, 0, *picture.size) else picture.crop(region)
 
 
-@dataclass
+def decoder_text(decoder: str) -> str:
+    """What makes pixels of bytes, with versions: it belongs into the cache key of what is computed from them.
+
+    Args:
+        decoder: one of `DECODERS`.
+    """
+    pillow = f"Pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
+    if decoder == "pillow":
+        return f"whole pictures and resize: {pillow}"
+    return f"regions: {jpeg.library() or 'none'}; whole pictures: {pillow}; resize: torch"
+
+
+def decode_view(content: bytes, region: Rect, decoder: str) -> Pixels:
+    """The pixels of a region of an encoded image.
+
+    Args:
+        content: the file.
+        region: what to show.
+        decoder: one of `DECODERS`.
+
+    Raises:
+        OSError, SyntaxError or ValueError: the image cannot be decoded.
+    """
+    if decoder == "auto" and jpeg.library() is not None:
+        pixels = jpeg.decode_region(content, region)
+        if pixels is not None:
+            return pixels
+    return np.array(cut(decode(content), region))
+
+
+@dataclass(frozen=True)
 class ViewImages:
     """The views of a table as (row number, pixels, reason): a map-style data set for worker processes.
 
-    A view whose image does not decode gives blank pixels and the reason, so that one broken file stops nothing.
+    A view whose image does not decode gives blank pixels and the reason, so that one broken file stops nothing. Paths
+    and regions are columns, not lists: a worker that counts references in a list copies all of it sooner or later.
     """
 
-    paths: list[str]
-    regions: list[tuple[int, int, int, int]]
+    paths: pl.Series
+    regions: npt.NDArray[np.int32]
     store: ImageStore
-    transform: Callable[[Image.Image], Tensor]
+    transform: Callable[[Pixels], Tensor]
     blank: Tensor
+    decoder: str
 
     @classmethod
-    def of(cls, views: pl.DataFrame, store: ImageStore, transform: Callable[[Image.Image], Tensor]) -> ViewImages:
-        """From a table with the columns of `tables.VIEWS`, all of status ok."""
-        regions = list(views.select("xmin", "ymin", "xmax", "ymax").iter_rows())
+    def of(
+        cls,
+        views: pl.DataFrame,
+        store: ImageStore,
+        transform: Callable[[Image.Image], Tensor],
+        decoder: str = "auto",
+    ) -> ViewImages:
+        """From a table with the columns of `tables.VIEWS`, all of status ok.
+
+        Args:
+            views: the table.
+            store: gives the bytes.
+            transform: the encoder's own.
+            decoder: one of `DECODERS`.
+        """
+        from dejavu_exp import transforms  # here, so that a report, which shows thumbnails, does not load torch
+
+        regions = views.select(pl.col("xmin", "ymin", "xmax", "ymax").cast(pl.Int32)).to_numpy()
         blank = transform(Image.new("RGB", (64, 64))) * 0
-        return cls(views["path"].to_list(), regions, store, transform, blank)
+        on_pixels = transforms.on_pixels(transform, exact=decoder == "pillow")
+        return cls(views["path"], regions, store, on_pixels, blank, decoder)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[int, Tensor, str]:
+        path = self.paths[row]
+        xmin, ymin, xmax, ymax = self.regions[row].tolist()
         try:
-            picture = cut(decode(self.store.read(self.paths[row])), self.regions[row])
+            pixels = decode_view(self.store.read(path), (xmin, ymin, xmax, ymax), self.decoder)
         except UNREADABLE_ERRORS as error:
-            return row, self.blank, f"{self.paths[row]}: {error}"
-        return row, self.transform(picture), ""
+            return row, self.blank, f"{path}: {error}"
+        return row, self.transform(pixels), ""
 
 
-def thumbnail(store: ImageStore, path: str, region: tuple[int, int, int, int] | None, side_px: int) -> bytes:
+def thumbnail(store: ImageStore, path: str, region: Rect | None, side_px: int) -> bytes:
     """A JPEG of a view, its longer side scaled to `side_px`; for reports.
 
     Raises:

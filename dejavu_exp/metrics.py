@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,8 @@ QUADRANTS = ("memorized", "correlated", "forgotten", "unassociated")
 OBJECT_BLOCK = 4096
 """Objects that are packed into bits at a time; bounds the memory of a large vocabulary."""
 ROW_BLOCK = 8192
+BLOCK_CELLS = 100_000
+"""Cells of a matrix that are worked on at a time."""
 AUTHORS_F_GUARD = 1e-5
 CONFIDENCE_TOLERANCE = 1e-9
 """Confidences closer than this are tied: sums of the same terms in another order differ by less."""
@@ -31,12 +35,36 @@ def entropy(distribution: npt.NDArray[Any]) -> FloatArray:
     >>> entropy(np.array([[1, 1], [2, 0]])).round(4).tolist()
     [0.6931, 0.0]
     """
-    values = np.asarray(distribution, dtype=np.float64)
-    total = values.sum(axis=1, keepdims=True)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        share = values / total
-        terms = np.where(share > 0, share * np.log(share), 0.0 * share)
-    return np.asarray(np.abs(-terms.sum(axis=1)), dtype=np.float64)
+    result = np.empty(len(distribution))
+    # Temporary arrays of a large matrix would be several times its size; these stay in the processor's cache.
+    block = max(1, BLOCK_CELLS // max(1, distribution.shape[1]))
+    for start in range(0, len(distribution), block):
+        values = np.asarray(distribution[start : start + block], dtype=np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            share = values / values.sum(axis=1, keepdims=True)
+            terms = np.where(share > 0, share * np.log(share), 0.0 * share)
+        result[start : start + block] = np.abs(-terms.sum(axis=1))
+    return result
+
+
+def grouped_entropy(counts: npt.NDArray[Any], groups: IntArray, n_groups: int) -> FloatArray:
+    """`entropy` of rows that are given by their positive entries alone.
+
+    Args:
+        counts: shape (E,), the entries. Summed in this order: equal entries in equal order give equal entropies.
+        groups: shape (E,), the row of each.
+        n_groups: N rows.
+
+    Returns:
+        Shape (N,), nats; NaN where a row has no entry.
+
+    >>> grouped_entropy(np.array([1, 1, 2]), np.array([0, 0, 1]), 3).round(4).tolist()
+    [0.6931, 0.0, nan]
+    """
+    total = np.bincount(groups, counts, n_groups)
+    share = counts / total[groups]
+    found = np.abs(-np.bincount(groups, share * np.log(share), n_groups))
+    return np.where(total > 0, found, np.nan)
 
 
 def accuracy_gap(target_correct: BoolArray, reference_correct: BoolArray) -> float:
@@ -94,8 +122,8 @@ def confident_means(
         values: shape (N,), what is averaged, e.g. correctness.
         confidence: shape (N,), larger is more confident; differences below 1e-9 count as ties.
         fractions: each in (0, 1].
-        weights: shape (B, N), a non-negative weight of each row in each of B resamples, all with the same sum;
-            None for one plain sample.
+        weights: shape (B, N), a non-negative weight of each row in each of B resamples, each summing to N; None for one
+            plain sample.
 
     Returns:
         Shape (B, F), the mean for each resample and fraction; NaN where N = 0.
@@ -103,26 +131,9 @@ def confident_means(
     >>> confident_means(np.array([1, 0, 1]), np.array([0.0, -1.0, -1.0]), [1 / 3, 2 / 3]).tolist()
     [[1.0, 0.75]]
     """
-    if not len(values):
-        return np.full((1 if weights is None else len(weights), len(fractions)), np.nan)
     weights = np.ones((1, len(values))) if weights is None else weights
-    order = np.argsort(-confidence, kind="stable")
-    sorted_confidence = confidence[order]
-    ends = np.append(np.flatnonzero(np.diff(-sorted_confidence) > CONFIDENCE_TOLERANCE), len(values) - 1)
-    cumulated = np.cumsum(weights[:, order], axis=1)[:, ends]
-    earned = np.cumsum(weights[:, order] * np.asarray(values, dtype=np.float64)[order], axis=1)[:, ends]
-    zero = np.zeros((len(weights), 1))
-    cumulated, earned = np.hstack([zero, cumulated]), np.hstack([zero, earned])
-    rows = np.arange(len(weights))
-    result = np.empty((len(weights), len(fractions)))
-    for column, fraction in enumerate(fractions):
-        places = n_confident(len(values), fraction)
-        last = np.minimum((cumulated < places).sum(axis=1), cumulated.shape[1] - 1)
-        group = cumulated[rows, last] - cumulated[rows, last - 1]
-        share = (places - cumulated[rows, last - 1]) / np.where(group > 0, group, 1)
-        taken = earned[rows, last - 1] + share * (earned[rows, last] - earned[rows, last - 1])
-        result[:, column] = taken / places
-    return result
+    columns = np.asarray(values, dtype=np.float64)[:, None]
+    return top_means(columns, confidence, fractions, weights)[:, :, 0]
 
 
 def accuracy_in_order(
@@ -331,38 +342,95 @@ def top_means(
     >>> top_means(np.array([[1.0], [0], [1]]), np.array([0.0, -1, -1]), [2 / 3], np.ones((1, 3))).tolist()
     [[[0.75]]]
     """
-    total = weights.sum(axis=1)
-    places = np.maximum(1, np.floor(np.outer(total, fractions) + tolerance))
-    order = np.argsort(-ranking, kind="stable")
-    starts = np.flatnonzero(np.append(True, np.diff(-ranking[order]) > CONFIDENCE_TOLERANCE)[: len(order)])
-    # Few rows decide a small fraction: look at all only where a resample needs them.
-    likely = int(np.searchsorted(starts, 2 * max(fractions) * len(order) + 100))
-    stop = starts[likely] if likely < len(starts) else len(order)
-    if stop < len(order) and (weights[:, order[:stop]].sum(axis=1) < places.max(axis=1)).any():
-        stop = len(order)
-    taken, starts = np.ascontiguousarray(weights[:, order[:stop]]), starts[starts < stop]
-    sizes = _by_group(taken, starts)
-    reached = np.cumsum(sizes, axis=1)
-    # The group where the places run out, and the share of it that still finds one.
-    cut = np.stack([(reached < places[:, [column]]).sum(axis=1) for column in range(len(fractions))], axis=1)
-    cut = np.minimum(cut, max(len(starts) - 1, 0))
-    result = np.empty((len(weights), len(fractions), values.shape[1]))
-    if not len(starts):
-        return np.full_like(result, np.nan)
-    size = np.take_along_axis(sizes, cut, axis=1)
-    share = (places - np.take_along_axis(reached, cut, axis=1) + size) / np.where(size > 0, size, 1)
-    for column, value in enumerate(values[order[:stop]].T):
-        earned = _by_group(taken * value, starts)
-        last = np.take_along_axis(earned, cut, axis=1)
-        result[:, :, column] = np.take_along_axis(np.cumsum(earned, axis=1), cut, axis=1) - (1 - share) * last
-    return np.asarray(result / np.where(total[:, None] > 0, places, np.nan)[:, :, None])
+    return TopMeans.of(values, ranking, fractions, tolerance)(weights)
 
 
-def _by_group(values: FloatArray, starts: IntArray) -> FloatArray:
-    """Sums over groups of neighbouring columns, shape (B, groups)."""
-    if len(starts) in (0, values.shape[1]):
-        return values
-    return np.asarray(np.add.reduceat(values, starts, axis=1), dtype=np.float64)
+@dataclass(frozen=True)
+class TopMeans:
+    """`top_means` with all that does not depend on the weights done once, for many blocks of resamples.
+
+    Attributes:
+        order: shape (M,), the ranked rows from the first to the last.
+        ranked: shape (N,), 1 for a row that is ranked, 0 for one that is not.
+        starts: shape (M,), for each place in that order where its group of ties starts.
+        ends: shape (M,), and where it ends, exclusive.
+        values: shape (K, M), what is averaged, in that order.
+        fractions: as in `top_means`.
+        tolerance: as in `top_means`.
+    """
+
+    order: IntArray
+    ranked: FloatArray
+    starts: IntArray
+    ends: IntArray
+    values: FloatArray
+    fractions: tuple[float, ...]
+    tolerance: float
+
+    @classmethod
+    def of(
+        cls,
+        values: FloatArray,
+        ranking: FloatArray,
+        fractions: Sequence[float],
+        tolerance: float = CONFIDENCE_TOLERANCE,
+        rows: BoolArray | None = None,
+    ) -> TopMeans:
+        """Sort the rows.
+
+        Args:
+            values: as in `top_means`, of the ranked rows.
+            ranking: likewise.
+            fractions: as in `top_means`.
+            tolerance: as in `top_means`.
+            rows: shape (N,), True for the M rows that are ranked, where the weights are of more than these; None: all.
+        """
+        ranked = np.ones(len(ranking), dtype=np.bool_) if rows is None else rows
+        order = np.argsort(-ranking, kind="stable")
+        is_first = np.append(True, np.diff(-ranking[order]) > CONFIDENCE_TOLERANCE)[: len(order)]
+        firsts = np.flatnonzero(is_first)
+        sizes = np.diff(np.append(firsts, len(order)))
+        starts = np.repeat(firsts, sizes)
+        ends = starts + np.repeat(sizes, sizes)
+        ordered = np.ascontiguousarray(np.asarray(values, dtype=np.float64)[order].T)
+        order = np.flatnonzero(ranked)[order]
+        return cls(order, ranked.astype(np.float64), starts, ends, ordered, tuple(fractions), tolerance)
+
+    def __call__(self, weights: FloatArray) -> FloatArray:
+        """The means; see `top_means`."""
+        total = weights @ self.ranked
+        places = np.maximum(1, np.floor(np.outer(total, self.fractions) + self.tolerance))
+        result = np.full((len(weights), len(self.fractions), len(self.values)), np.nan)
+        for row in np.flatnonzero(total > 0):
+            result[row] = self._of_resample(weights[row], places[row])
+        return result
+
+    def _of_resample(self, weights: FloatArray, places: FloatArray) -> FloatArray:
+        """The means of one resample, shape (F, K); its numbers stay in the processor's cache."""
+        taken, reached = self._reached(weights, float(places.max()))
+        last = np.minimum(np.searchsorted(reached, places), len(reached) - 1)
+        # The group where the places run out, and the share of it that still finds one.
+        start, end = self.starts[last], self.ends[last]
+        before = np.where(start > 0, reached[start - 1], 0)
+        size = reached[end - 1] - before
+        share = (places - before) / np.where(size > 0, size, 1)
+        bounds = np.unique(np.concatenate([[0], start, end]))
+        sums = [self.values[:, low:high] @ taken[low:high] for low, high in itertools.pairwise(bounds)]
+        earned = np.cumsum([np.zeros(len(self.values)), *sums], axis=0)
+        first, then = (earned[np.searchsorted(bounds, edge)] for edge in (start, end))
+        return np.asarray((first + share[:, None] * (then - first)) / places[:, None])
+
+    def _reached(self, weights: FloatArray, places: float) -> tuple[FloatArray, FloatArray]:
+        """Weights in order and their cumulated sums, of whole groups, as far as the places reach."""
+        # Few rows decide a small fraction: look at all only where a resample needs them.
+        likely = int(max(self.fractions) * len(self.order) * 1.1) + 100
+        stops = [int(self.ends[likely])] if likely < len(self.order) else []
+        for stop in [*stops, len(self.order)]:
+            taken = weights[self.order[:stop]]
+            reached = np.cumsum(taken)
+            if reached[-1] >= places:
+                break
+        return taken, reached
 
 
 def neighbour_set_counts(

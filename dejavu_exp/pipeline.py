@@ -40,7 +40,7 @@ def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         views, queries, bank = stages.embed(plan, views, encoder)
         measured = views.measured()
     with clock.stage("neighbours"):
-        near = neighbours.search(queries.values, bank.values, plan.probe.k, plan.probe.metric)
+        near = neighbours.search(queries, bank, plan.probe.k, plan.probe.metric, **plan.trainer.search_settings)
         truth = views.public()["truth"]
         target = neighbours.infer(measured["id"].to_list(), near, truth, views.labels(), plan.probe.ties)
     inputs = stages.reference_inputs(plan, views, encoder, target, lessons)

@@ -18,6 +18,9 @@ from dejavu_exp.tables import SCHEMA_VERSION
 
 PACKAGES = ("torch", "torchvision", "lightning", "timm", "open_clip_torch", "polars", "numpy", "scikit-learn", "pillow")
 
+HASHED_ROWS = 65_536
+"""Rows of a table that are hashed at a time."""
+
 
 def key_of(parts: Mapping[str, Any]) -> str:
     """A cache key: 24 hexadecimal digits that change when any part changes.
@@ -44,8 +47,12 @@ def hash_file(path: Path) -> str:
 
 
 def hash_table(frame: pl.DataFrame) -> str:
-    """Hash of a table's content, column names and row order, 32 hexadecimal digits."""
-    return hash_bytes(frame.write_json().encode() + str(frame.schema).encode())
+    """Hash of a table's content, column names and row order, 32 hexadecimal digits; the table is read in pieces."""
+    digest = hashlib.blake2b(digest_size=16)
+    for start in range(0, max(1, len(frame)), HASHED_ROWS):
+        digest.update(frame[start : start + HASHED_ROWS].write_json().encode())
+    digest.update(str(frame.schema).encode())
+    return digest.hexdigest()
 
 
 def hash_order(seed: int, stage: str, name: str) -> int:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from dejavu_exp.tables import Estimate, FloatArray
+from dejavu_exp.tables import Estimate, FloatArray, IntArray
 
-BLOCK_ELEMENTS = 20_000_000
-"""Weights held at a time; bounds the memory whatever the number of rows."""
+BLOCK_ELEMENTS = 4_000_000
+"""Weights held at a time by each thread; bounds the memory whatever the number of rows."""
+WORDS = 1 << 16
+PART = WORDS
+"""Rows whose weights are drawn at a time: what stays in the processor's cache, and what 16 random bits can name."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +47,28 @@ class Draws:
 
     def estimates(self, level: float) -> list[Estimate]:
         """Percentile intervals that hold `level` (a fraction) of the bootstrap distribution; NaN where undefined."""
-        tail = (1 - level) / 2
-        low, high = np.full(len(self.value), np.nan), np.full(len(self.value), np.nan)
-        defined = np.isfinite(self.samples).any(axis=0)
-        if defined.any():
-            low[defined], high[defined] = np.nanquantile(self.samples[:, defined], [tail, 1 - tail], axis=0)
+        low, high = intervals(self.samples, level)
         return [
             Estimate(float(value), float(below), float(above), self.n_used, self.n_excluded)
             for value, below, above in zip(self.value, low, high, strict=True)
         ]
+
+
+def intervals(samples: FloatArray, level: float) -> tuple[FloatArray, FloatArray]:
+    """Percentile intervals that hold `level` (a fraction) of each column of `samples`, shape (B, K); NaN is left out.
+
+    >>> [x.tolist() for x in intervals(np.array([[0.0], [1.0], [np.nan]]), 0.5)]
+    [[0.25], [0.75]]
+    """
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    low, high = np.full((2, samples.shape[1]), np.nan)
+    finite = np.isfinite(samples)
+    whole = finite.all(axis=0)
+    # The form that looks for NaN goes column by column, which is slow.
+    for chosen, quantile in ((whole, np.quantile), (~whole & finite.any(axis=0), np.nanquantile)):
+        if chosen.any():
+            low[chosen], high[chosen] = quantile(samples[:, chosen], tails, axis=0)
+    return low, high
 
 
 def bootstrap(
@@ -61,7 +81,8 @@ def bootstrap(
     """Resample rows with replacement; all figures of one call see the same resamples, so their differences are paired.
 
     Args:
-        statistic: from weights of shape (b, n_rows), each row summing to n_rows, to figures of shape (b, K).
+        statistic: from weights of shape (b, n_rows), each row summing to n_rows, to figures of shape (b, K). Several
+            threads call it.
         n_rows: rows to resample.
         resamples: B.
         rng: the generator.
@@ -75,10 +96,85 @@ def bootstrap(
     value = statistic(np.ones((1, n_rows)))[0]
     if n_rows == 0:
         return Draws(value, np.full((1, len(value)), np.nan), 0, n_excluded)
+    # A stream for each block, so that the number of threads changes nothing.
     block = max(1, BLOCK_ELEMENTS // n_rows)
-    uniform = np.full(n_rows, 1 / n_rows)
-    samples = [
-        statistic(rng.multinomial(n_rows, uniform, size=min(block, resamples - start)).astype(np.float64))
-        for start in range(0, resamples, block)
-    ]
+    sizes = [min(block, resamples - start) for start in range(0, resamples, block)]
+    streams = rng.spawn(len(sizes))
+    # Threads of BLAS below these would wait for each other.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        samples = list(pool.map(lambda stream, size: statistic(resample(n_rows, size, stream)), streams, sizes))
     return Draws(value, np.concatenate(samples), n_rows, n_excluded)
+
+
+def bootstrap_together(
+    statistics: Mapping[str, Callable[[FloatArray], FloatArray]],
+    n_rows: int,
+    resamples: int,
+    rng: np.random.Generator,
+    n_excluded: int = 0,
+) -> dict[str, Draws]:
+    """`bootstrap` of several statistics on the same resamples, which are drawn once.
+
+    Args:
+        statistics: by name; each from weights of shape (b, n_rows) to figures of shape (b, ...).
+        n_rows: as in `bootstrap`; likewise the others.
+        resamples: B.
+        rng: the generator.
+        n_excluded: carried into the estimates.
+
+    Returns:
+        For each name its draws, the figures of one resample side by side.
+    """
+    one = np.ones((1, n_rows))
+    ends = np.cumsum([statistic(one).size for statistic in statistics.values()])
+
+    def all_of(weights: FloatArray) -> FloatArray:
+        return np.hstack([statistic(weights).reshape(len(weights), -1) for statistic in statistics.values()])
+
+    draws = bootstrap(all_of, n_rows, resamples, rng, n_excluded)
+    values, samples = np.split(draws.value, ends[:-1]), np.split(draws.samples, ends[:-1], axis=1)
+    return {
+        name: Draws(value, sample, draws.n_used, n_excluded)
+        for name, value, sample in zip(statistics, values, samples, strict=True)
+    }
+
+
+def resample(n_rows: int, count: int, rng: np.random.Generator) -> FloatArray:
+    """How often each row is drawn in each of several resamples with replacement; shape (count, n_rows).
+
+    The counts of one resample are one multinomial number. It is drawn in two steps, how many draws fall into each part
+    of the rows and which rows they are, for `Generator.multinomial` alone would take one binomial number a row.
+
+    >>> resample(70_000, 2, np.random.default_rng(0)).sum(axis=1).tolist()
+    [70000.0, 70000.0]
+    """
+    starts = range(0, n_rows, PART)
+    widths = np.array([min(PART, n_rows - start) for start in starts])
+    drawn = rng.multinomial(n_rows, widths / n_rows, size=count)
+    weights = np.empty((count, n_rows))
+    for row, numbers in zip(weights, drawn, strict=True):
+        for start, width, number in zip(starts, widths, numbers, strict=True):
+            rows = _words(int(number), rng) if width == WORDS else rng.integers(width, size=number, dtype=np.uint32)
+            row[start : start + width] = np.bincount(rows, minlength=width)
+    return weights
+
+
+def _words(count: int, rng: np.random.Generator) -> npt.NDArray[np.uint16]:
+    """Even random numbers below `WORDS`, four of each number of the generator."""
+    return rng.integers(np.iinfo(np.uint64).max, size=-(-count // 4), dtype=np.uint64, endpoint=True).view(np.uint16)[
+        :count
+    ]
+
+
+def resample_groups(counts: IntArray, resamples: int, rng: np.random.Generator) -> IntArray:
+    """Sizes of the cells of a partition in resamples of each of several sets of rows; shape (B, G, cells).
+
+    The weights of the rows of a cell add up to one number, and those of all cells are one multinomial number.
+
+    Args:
+        counts: shape (G, cells), rows of each set in each cell, at least one a set.
+        resamples: B.
+        rng: the generator.
+    """
+    rows = counts.sum(axis=1)
+    return rng.multinomial(rows, counts / rows[:, None], size=(resamples, len(rows)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -257,12 +258,16 @@ def write_json(value: object, path: Path) -> None:
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, renamed to `path` at the end: a reader never sees half a file."""
-    partial = path.with_name(f".{path.name}.partial")
+    """A temporary name to write to, renamed to `path` at the end: a reader never sees half a file.
+
+    The name is this process's own, so that several may write the same file; one that was killed leaves it behind.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
         os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where its folder is a file, say
+            partial.unlink()
         raise DataError(f"cannot write {path}: {error}. Free some space or choose another folder.") from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import polars as pl
+import pyarrow as pa
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,11 +20,11 @@ class ViewTexts:
     """The views of a table as texts, a batch at a time: a data set for worker processes.
 
     Attributes:
-        texts: for each view its texts, one or more.
+        texts: a column with the texts of each view, one or more; not lists, of which each worker would get a copy.
         transform: of a list of T texts to a tensor, or a dict of tensors, of T rows.
     """
 
-    texts: list[list[str]]
+    texts: pa.Array
     transform: Callable[[list[str]], Tokens]
 
     @classmethod
@@ -33,11 +34,12 @@ class ViewTexts:
         Raises:
             ValueError: a view has no text.
         """
-        texts = views["texts"].to_list()
-        for view_id, shown in zip(views["view_id"], texts, strict=True):
-            if not shown or None in shown:
-                raise ValueError(f"{view_id}: a view of texts must have one or more, and has {shown}")
-        return cls(texts, transform)
+        texts = pl.col("texts")
+        silent = views.filter(texts.is_null() | (texts.list.len() == 0) | texts.list.contains(None))
+        if len(silent):
+            shown = silent["texts"].to_list()[0]
+            raise ValueError(f"{silent['view_id'][0]}: a view of texts must have one or more, and has {shown}")
+        return cls(views["texts"].to_arrow(), transform)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -46,7 +48,7 @@ class ViewTexts:
         """The row numbers, the tokens of all texts, how many each view has, and no reasons."""
         import torch
 
-        shown = [self.texts[row] for row in rows]
+        shown = self.texts.take(pa.array(rows)).to_pylist()
         tokens = self.transform([text for texts in shown for text in texts])
         return torch.tensor(rows), tokens, torch.tensor([len(texts) for texts in shown]), [""] * len(shown)
 

@@ -1,5 +1,6 @@
 """`python -m dejavu_exp.train`: train what a configuration names, measure nothing; a measurement finds it ready."""
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,23 +9,31 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dejavu_exp import config
+from dejavu_exp import config, launch
+from dejavu_exp.cells import State
 
 if TYPE_CHECKING:
     from dejavu_exp.stages import Plan
-
-config.register()
 
 
 @hydra.main(config_path=str(config.CONF_DIR), config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Train the encoder, and the networks of the references, as configured."""
-    with config.spoken_errors():
+    with launch.told("dejavu_exp.train") as tell:
         resolved = config.resolve(cfg)
+        options = resolved.pop("run")
         # Imported here: torch takes seconds, and --help must not.
+        from dejavu_exp import ranks
         from dejavu_exp.stages import Plan
 
-        train(Plan(**config.build(resolved)), Path(HydraConfig.get().runtime.output_dir), resolved)
+        if options["plan"]:
+            sys.exit(launch.survey([resolved]))
+        tell(State.RUNNING)
+        plan = Plan(**config.build(resolved))
+        with ranks.joined(plan.trainer.device_count, plan.trainer.cache) as lead:
+            if lead:
+                train(plan, Path(HydraConfig.get().runtime.output_dir), resolved)
+        tell(State.FINISHED)
 
 
 def train(plan: "Plan", run_dir: Path, resolved: Mapping[str, Any]) -> None:

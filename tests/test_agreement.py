@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import binom, pearsonr, rankdata, spearmanr
 from sklearn.metrics import cohen_kappa_score, jaccard_score
 
-from dejavu_exp import agreement, metrics, provenance, tables
+from dejavu_exp import agreement, metrics, provenance, statistics, tables
 from dejavu_exp.splits import NpySplit
 
 FRACTIONS = (1.0, 0.2)
@@ -104,8 +104,8 @@ def test_intervals_are_those_of_a_bootstrap_row_by_row() -> None:
     confidence = [column(frame, "reference_confidence", name) for name in names[1:]]
     ranks = [rankdata(column(frame, "memorization_score", name)) for name in names[1:]]
     samples: dict[str, list[float]] = {name: [] for name in (*agreement.MEASURES, "100", "20")}
-    for counts in rng.multinomial(60, np.full(60, 1 / 60), size=resamples):
-        rows = np.repeat(np.arange(60), counts)
+    for counts in statistics.resample(60, resamples, rng.spawn(1)[0]):
+        rows = np.repeat(np.arange(60), counts.astype(int))
         samples["kappa_memorized"].append(cohen_kappa_score(sets[0][0][rows], sets[0][1][rows]))
         samples["kappa_correct"].append(cohen_kappa_score(correct[0][rows], correct[1][rows]))
         for place, kind in enumerate(("memorized", "correlated")):

@@ -75,9 +75,8 @@ def images(count: int, broken: int | None = None) -> tuple[pl.DataFrame, MemoryS
 
 
 @pytest.fixture
-def extractor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Extractor:
-    monkeypatch.setattr(extract, "SHARD_ROWS", 8)
-    return Extractor(tmp_path, accelerator="cpu", batch_size=4, workers=0)
+def extractor(tmp_path: Path) -> Extractor:
+    return Extractor(tmp_path, accelerator="cpu", batch_size=4, workers=0, shard_rows=8)
 
 
 def shard_files(extractor: Extractor) -> list[Path]:

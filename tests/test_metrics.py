@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dejavu_exp import metrics
+from dejavu_exp import metrics, statistics
 from dejavu_exp.statistics import bootstrap
 from dejavu_exp.tables import FloatArray
 
@@ -105,3 +105,51 @@ def test_no_rows_give_an_undefined_estimate_with_its_count() -> None:
     assert np.isnan(estimate.value)
     assert (estimate.n_used, estimate.n_excluded) == (0, 7)
     assert estimate.as_dict()["value"] is None
+
+
+def test_top_means_of_some_rows_are_those_of_these_rows_alone() -> None:
+    rng = np.random.default_rng(0)
+    values, ranking, rows = rng.random((60, 2)), rng.integers(0, 9, 60).astype(float), rng.random(60) < 0.5
+    weights = rng.integers(0, 3, (7, 60)).astype(float)
+    some = metrics.TopMeans.of(values[rows], ranking[rows], [0.1, 0.5, 1.0], rows=rows)
+    expected = metrics.top_means(values[rows], ranking[rows], [0.1, 0.5, 1.0], weights[:, rows])
+    np.testing.assert_allclose(some(weights), expected)
+
+
+def test_the_entropy_of_groups_is_that_of_rows() -> None:
+    counts = np.random.default_rng(0).integers(0, 4, (50, 6))
+    rows, columns = np.nonzero(counts)
+    np.testing.assert_allclose(metrics.grouped_entropy(counts[rows, columns], rows, 50), metrics.entropy(counts))
+
+
+def test_resampled_weights_are_multinomial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn in parts of rows: each row has the mean, the variance and the covariances of one multinomial number."""
+    monkeypatch.setattr(statistics, "PART", 4)
+    count = 200_000
+    found = statistics.resample(6, count, np.random.default_rng(0))
+    assert (found.sum(axis=1) == 6).all()
+    np.testing.assert_allclose(found.mean(axis=0), 1, atol=0.01)
+    np.testing.assert_allclose(np.cov(found.T), np.eye(6) - 1 / 6, atol=0.02)
+    shares = [(found[:, row] == 0).mean() for row in (0, 5)]
+    np.testing.assert_allclose(shares, (5 / 6) ** 6, atol=0.005)
+
+
+def test_all_bits_of_a_random_number_are_used() -> None:
+    """A full part takes its rows from 16 bits each."""
+    found = statistics.resample(statistics.PART + 1, 20, np.random.default_rng(0))
+    assert (found.sum(axis=1) == statistics.PART + 1).all()
+    assert found.sum(axis=0).min() > 0
+    halves = found[:, :-1].reshape(20, 2, -1).sum(axis=(0, 2))
+    np.testing.assert_allclose(halves[0] / halves.sum(), 0.5, atol=0.002)
+
+
+def test_the_number_of_threads_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).random(500)
+    monkeypatch.setattr(statistics, "BLOCK_ELEMENTS", 5_000)
+
+    def run(threads: int) -> np.ndarray:
+        monkeypatch.setattr("os.cpu_count", lambda: threads)
+        rng = np.random.default_rng(0)
+        return statistics.bootstrap(lambda weights: (weights @ values)[:, None], 500, 200, rng).samples
+
+    np.testing.assert_array_equal(run(1), run(4))

@@ -33,7 +33,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Finished:
 
 
 def cache_files(run: Finished) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in (run.folder / "cache").rglob("*") if path.name != ".lock"}
+    return {str(path): path.stat().st_mtime_ns for path in (run.folder / "cache").rglob("*")}
 
 
 def test_the_terminal_shows_the_verdict_and_the_references(small: Finished) -> None:

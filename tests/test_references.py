@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from dejavu_exp import evidence, tables
+from dejavu_exp import evidence, provenance, tables
 from dejavu_exp.datasets.base import Manifest
 from dejavu_exp.datasets.stores import MemoryStore
 from dejavu_exp.errors import ConfigError, DataError
@@ -112,6 +112,34 @@ def test_the_temperature_softens_tags_that_mislead() -> None:
     # The clue is right this often, and no more can be known from it.
     right = np.mean([(clue == "s") == (label == "boat") for clue, label in zip(clues, truth, strict=True)])
     assert calibrated == pytest.approx(right, abs=0.05)
+
+
+@pytest.mark.parametrize("sample_rows", [100, 8_000])
+def test_the_posterior_is_that_of_scikit_learn(sample_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fitted from a sample and all rows, or from all at once: the same temperature."""
+    from sklearn.calibration import CalibratedClassifierCV
+    from sklearn.feature_extraction import DictVectorizer
+    from sklearn.model_selection import StratifiedKFold
+    from sklearn.naive_bayes import MultinomialNB
+
+    monkeypatch.setattr(naive_bayes, "SAMPLE_ROWS", sample_rows)
+    rng = np.random.default_rng(0)
+    labels = [f"label {code:02d}" for code in range(20)]
+    codes = rng.integers(0, 20, 900)
+    tags = np.where(rng.random((900, 4)) < 0.3, codes[:, None], rng.integers(0, 60, (900, 4)))
+    crops = [[f"tag{tag}" for tag in row] for row in tags]
+    lessons, truth = crops[:600], [labels[code] for code in codes[:600]]
+    questions = [*crops[600:], [], ["never seen"]]
+    columns, state = DictVectorizer(), provenance.hash_order(3, "rng", "folds") % 2**32
+    folds = StratifiedKFold(naive_bayes.FOLDS, shuffle=True, random_state=state)
+    for seed in (None, 3):
+        model: Any = MultinomialNB(alpha=0.5)
+        if seed is not None:
+            model = CalibratedClassifierCV(model, method="temperature", cv=folds, ensemble=False)
+        model.fit(columns.fit_transform([dict.fromkeys(names, 1.0) for names in lessons]), np.array(truth))
+        expected = model.predict_proba(columns.transform([dict.fromkeys(names, 1.0) for names in questions]))
+        found = naive_bayes.posterior(lessons, truth, questions, labels, 0.5, seed)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-12)
 
 
 def test_authors_form_vetoes_and_is_surest_of_unknown_tags(tmp_path: Any) -> None:

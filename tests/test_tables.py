@@ -1,6 +1,7 @@
 """Tables: checked on the way in, whole on the way out."""
 
 import os
+import uuid
 from pathlib import Path
 
 import polars as pl
@@ -40,10 +41,11 @@ def test_metadata_travels_with_the_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs the device that is always full, on Linux")
-def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "figures.json"
     tables.write_json({"old": 1}, path)
-    (tmp_path / ".figures.json.partial").symlink_to("/dev/full")
+    monkeypatch.setattr(tables.uuid, "uuid4", lambda: uuid.UUID(int=0))
+    (tmp_path / ".figures.json.00000000.partial").symlink_to("/dev/full")
     with pytest.raises(DataError, match=r"figures\.json.*No space left.*Free some space"):
         tables.write_json({"new": list(range(10_000))}, path)
     assert path.read_text() == '{\n "old": 1\n}\n'

@@ -109,8 +109,8 @@ class KnnReference:
         bank = inputs.shown(inputs.bank, inputs.probe.bank, probe.bank)
         answers = inputs.extractor.embed(encoder, asked, inputs.manifest.store, "embedding queries")
         entries = inputs.extractor.embed(encoder, bank, inputs.manifest.store, "embedding the bank")
-        readable = entries.readable_only().values
-        near = neighbours.search(answers.readable_only().values, readable, probe.k, probe.metric)
+        settings = inputs.extractor.search_settings
+        near = neighbours.search(answers.readable_only(), entries.readable_only(), probe.k, probe.metric, **settings)
         ids = asked.filter(pl.Series(answers.readable, dtype=pl.Boolean))["id"].to_list()
         voters = bank.filter(pl.Series(entries.readable, dtype=pl.Boolean))
         found = neighbours.infer(ids, near, voters["truth"], inputs.labels, probe.ties, voters["id"].to_list())

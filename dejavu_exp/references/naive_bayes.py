@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import polars as pl
@@ -16,13 +16,21 @@ from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.evidence import Evidence
 from dejavu_exp.neighbours import KnnProbe
 from dejavu_exp.references.base import OneDirection, ReferenceInputs, check_shows_images
-from dejavu_exp.tables import BoolArray, FloatArray
+from dejavu_exp.tables import BoolArray, FloatArray, IntArray
 from dejavu_exp.taggers import Tagger
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 Counts = Mapping[str, Mapping[str, float]]
 FOLDS = 5
+FLOOR = 1e-12
+BLOCK_CELLS = 500_000
+"""Probabilities that are worked on at a time."""
+SAMPLE_ROWS = 8_000
+NEWTON_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -79,25 +87,25 @@ class NaiveBayes(OneDirection):
             pl.col("status_right") == "ok"
         )
         asked = inputs.queries.join(tags, on="view_id", validate="1:1", maintain_order="left")
-        questions = [names[: self.top_tags] for names in asked["tags"].to_list()]
+        questions = asked["tags"].list.head(self.top_tags)
         if self.compat == "authors":
-            result = self._authors(inputs, known, questions)
+            result = self._authors(inputs, known, questions.to_list())
         else:
             result = self._corrected(inputs, known, questions)
         lost = (asked["status_right"] != "ok").to_numpy()
         return _without(result, lost)
 
-    def _corrected(self, inputs: ReferenceInputs, known: pl.DataFrame, questions: list[list[str]]) -> Evidence:
-        lessons = [names[: self.top_tags] for names in known["tags"].to_list()]
-        probabilities = posterior(
-            lessons,
-            known["label"].to_list(),
+    def _corrected(self, inputs: ReferenceInputs, known: pl.DataFrame, questions: pl.Series) -> Evidence:
+        probabilities, entropy = _posterior(
+            known["tags"].list.head(self.top_tags),
+            known["label"],
             questions,
             inputs.labels,
             self.smoothing,
             seed=inputs.seed if self.calibrate else None,
         )
-        return evidence.from_probabilities(inputs.queries["id"].to_list(), inputs.labels, probabilities)
+        ids = inputs.queries["id"].to_list()
+        return evidence.from_probabilities(ids, inputs.labels, probabilities, confidence=-entropy)
 
     def _authors(self, inputs: ReferenceInputs, known: pl.DataFrame, questions: list[list[str]]) -> Evidence:
         if self.frequencies is None:
@@ -110,9 +118,9 @@ class NaiveBayes(OneDirection):
 
 
 def posterior(
-    lessons: Sequence[Sequence[str]],
-    truth: Sequence[str],
-    questions: Sequence[Sequence[str]],
+    lessons: Sequence[Sequence[str]] | pl.Series,
+    truth: Sequence[str] | pl.Series,
+    questions: Sequence[Sequence[str]] | pl.Series,
     labels: Sequence[str],
     smoothing: float,
     seed: int | None,
@@ -136,34 +144,185 @@ def posterior(
     >>> posterior([["sea"], ["tree"]], ["boat", "fox"], [["sea"]], ["boat", "fox"], 1.0, None).round(3).tolist()
     [[0.667, 0.333]]
     """
-    from sklearn.calibration import CalibratedClassifierCV
-    from sklearn.feature_extraction import DictVectorizer
-    from sklearn.model_selection import StratifiedKFold
-    from sklearn.naive_bayes import MultinomialNB
+    return _posterior(
+        pl.Series(lessons, dtype=pl.List(pl.String)),
+        pl.Series(truth, dtype=pl.String),
+        pl.Series(questions, dtype=pl.List(pl.String)),
+        labels,
+        smoothing,
+        seed,
+    )[0]
 
-    if not any(lessons):
+
+@dataclass(frozen=True)
+class _Tags:
+    """The known tags of rows as positions in a vocabulary, each once a row.
+
+    Attributes:
+        rows: shape (P,), ascending.
+        codes: shape (P,).
+        count: rows.
+    """
+
+    rows: IntArray
+    codes: IntArray
+    count: int
+
+    @classmethod
+    def of(cls, names: pl.Series, vocabulary: pl.DataFrame) -> _Tags:
+        """From lists of names; `vocabulary` has the columns tag and code."""
+        lists = pl.DataFrame({"tag": names.fill_null([])}).with_row_index("row")
+        flat = lists.explode("tag", empty_as_null=False).unique(maintain_order=True)
+        known = flat.join(vocabulary, on="tag", maintain_order="left")
+        return cls(known["row"].cast(pl.Int64).to_numpy(), known["code"].to_numpy(), len(names))
+
+    def take(self, rows: IntArray) -> _Tags:
+        """The chosen rows, in their order."""
+        starts = np.searchsorted(self.rows, np.arange(self.count + 1))
+        lengths = (starts[1:] - starts[:-1])[rows]
+        first = np.cumsum(lengths) - lengths
+        places = np.arange(lengths.sum()) + np.repeat(starts[rows] - first, lengths)
+        return _Tags(np.repeat(np.arange(len(rows)), lengths), self.codes[places], len(rows))
+
+    def counted(self, classes: IntArray, n_classes: int, n_tags: int) -> IntArray:
+        """How many rows of each class have each tag, shape (n_classes, n_tags)."""
+        cells = classes[self.rows] * n_tags + self.codes
+        return np.bincount(cells, minlength=n_classes * n_tags).reshape(n_classes, n_tags)
+
+
+def _posterior(
+    lessons: pl.Series,
+    truth: pl.Series,
+    questions: pl.Series,
+    labels: Sequence[str],
+    smoothing: float,
+    seed: int | None,
+) -> tuple[FloatArray, FloatArray]:
+    """See `posterior`; also the entropy of each row, nats."""
+    vocabulary = pl.DataFrame({"tag": lessons.explode().drop_nulls().unique().sort()}).with_row_index("code")
+    vocabulary = vocabulary.with_columns(pl.col("code").cast(pl.Int64))
+    if not len(vocabulary):
         raise DataError(
             "naive Bayes: not one heldout crop has a tag, so there is nothing to learn. Choose another tagger, or "
             "lower its threshold (tagger.min_score)."
         )
-    columns = DictVectorizer()
-    matrix = columns.fit_transform([dict.fromkeys(names, 1.0) for names in lessons])
-    model: Any = MultinomialNB(alpha=smoothing)
-    members = np.unique(np.array(truth), return_counts=True)[1]
+    known, classes = _Tags.of(lessons, vocabulary), truth.unique().sort()
+    codes = classes.search_sorted(truth).to_numpy().astype(np.int64)
+    members = np.bincount(codes)
+    counts = known.counted(codes, len(members), len(vocabulary))
     folds = min(FOLDS, int(members.min()))
+    temperature = None
     if seed is not None and folds >= 2 and len(members) >= 2:
-        shuffled = StratifiedKFold(
-            folds, shuffle=True, random_state=provenance.hash_order(seed, "rng", "folds") % 2**32
-        )
-        model = CalibratedClassifierCV(model, method="temperature", cv=shuffled, ensemble=False)
+        temperature = _inverse_temperature(known, codes, counts, smoothing, _folds(codes, folds, seed))
     elif seed is not None:
         log.warning("naive Bayes is not calibrated: a class has %d heldout crops, two are needed.", members.min())
-    model.fit(matrix, np.array(truth))
-    found = model.predict_proba(columns.transform([dict.fromkeys(names, 1.0) for names in questions]))
-    code = {label: column for column, label in enumerate(labels)}
-    result = np.zeros((len(questions), len(labels)))
-    result[:, [code[label] for label in model.classes_]] = found
-    return result
+    place = {label: column for column, label in enumerate(labels)}
+    asked = _Tags.of(questions, vocabulary)
+    probabilities, entropy = np.zeros((asked.count, len(labels))), np.empty(asked.count)
+    # Choosing columns is slow: not where all are meant.
+    columns = slice(None) if list(classes) == list(labels) else [place[label] for label in classes]
+    for rows, scores in _log_probabilities(asked, _weights(counts, members, smoothing)):
+        if temperature is not None:
+            scores = _floored(scores).mul_(temperature).log_softmax(dim=1)
+        found = scores.exp()
+        probabilities[rows, columns] = found.numpy()
+        entropy[rows] = -(found * scores).sum(dim=1).numpy()
+    return probabilities, np.abs(entropy)
+
+
+def _folds(codes: IntArray, folds: int, seed: int) -> list[IntArray]:
+    """Rows of each fold; every class is spread over all."""
+    from sklearn.model_selection import StratifiedKFold
+
+    state = provenance.hash_order(seed, "rng", "folds") % 2**32
+    shuffled = StratifiedKFold(folds, shuffle=True, random_state=state).split(codes, codes)
+    return [np.asarray(held_out, dtype=np.int64) for _, held_out in shuffled]
+
+
+def _weights(counts: IntArray, members: IntArray, smoothing: float) -> FloatArray:
+    """Log P(tag | class) of each tag, and log P(class) below, shape (T + 1, C)."""
+    # Counts are small whole numbers: a table of logarithms does.
+    smooth = np.log(np.arange(counts.max() + 1) + smoothing)[counts.T]
+    total = np.log((counts + smoothing).sum(axis=1))
+    return np.vstack([smooth - total, np.log(members / members.sum())])
+
+
+def _log_probabilities(asked: _Tags, weights: FloatArray) -> Iterator[tuple[slice, Tensor]]:
+    """Log P(class | tags) by blocks of rows, shape (rows, C)."""
+    import torch
+
+    table = torch.from_numpy(np.ascontiguousarray(weights))
+    starts = np.searchsorted(asked.rows, np.arange(asked.count + 1))
+    # Every row has one more tag, which stands for the prior.
+    codes = torch.from_numpy(np.insert(asked.codes, starts[:-1], len(weights) - 1))
+    bounds = torch.from_numpy(starts + np.arange(asked.count + 1))
+    block = max(1, BLOCK_CELLS // weights.shape[1])
+    for start in range(0, asked.count, block):
+        rows = slice(start, min(start + block, asked.count))
+        first, last = int(bounds[rows.start]), int(bounds[rows.stop])
+        joint = torch.nn.functional.embedding_bag(codes[first:last], table, bounds[rows] - first, mode="sum")
+        yield rows, joint.sub_(joint.logsumexp(dim=1, keepdim=True))
+
+
+def _floored(scores: Tensor) -> Tensor:
+    """log(P + 1e-12): as scikit-learn has it, so that one hopeless row does not decide the temperature; in place."""
+    return scores.exp_().add_(FLOOR).log_()
+
+
+def _inverse_temperature(
+    known: _Tags, codes: IntArray, counts: IntArray, smoothing: float, folds: Sequence[IntArray]
+) -> float:
+    """What log probabilities are multiplied by so that those of held-out rows are likeliest, from e^-10 to e^10.
+
+    The likelihood is concave in it, so that the root of its slope is the answer.
+
+    Args:
+        known: tags of the N training rows.
+        codes: shape (N,), their classes.
+        counts: rows of each class with each tag, shape (C, T).
+        smoothing: pseudo-count.
+        folds: rows that are held out in turn.
+    """
+    import torch
+    from scipy.optimize import brentq
+
+    members = np.bincount(codes, minlength=len(counts))
+    scores = torch.empty((known.count, len(counts)), dtype=torch.float32)
+    for fold in folds:
+        part, held = known.take(fold), codes[fold]
+        learned = counts - part.counted(held, *counts.shape)
+        left = members - np.bincount(held, minlength=len(counts))
+        for rows, found in _log_probabilities(part, _weights(learned, left, smoothing)):
+            scores[fold[rows]] = _floored(found).to(scores.dtype)
+    truth = torch.from_numpy(codes)
+    # A sample of the rows finds nearly the answer, and a few steps with all of them the rest.
+    step = max(1, known.count // SAMPLE_ROWS)
+    sample = scores[::step], truth[::step]
+    low, high = np.exp(-10), np.exp(10)
+    if _slope(high, *sample)[0] < 0:
+        return float(high)
+    root = brentq(lambda log_inverse: _slope(np.exp(log_inverse), *sample)[0], np.log(low), np.log(high), xtol=1e-9)
+    inverse = float(np.exp(root))
+    for _ in range(NEWTON_STEPS if step > 1 else 0):
+        slope, curvature = _slope(inverse, scores, truth)
+        previous, inverse = inverse, float(np.clip(inverse - slope / curvature, low, high))
+        if abs(inverse - previous) < 1e-8 * previous:
+            break
+    return inverse
+
+
+def _slope(inverse: float, scores: Tensor, truth: Tensor) -> tuple[float, float]:
+    """First and second derivative of minus the log likelihood by the inverse temperature."""
+    slope, curvature = 0.0, 0.0
+    block = max(1, BLOCK_CELLS // scores.shape[1])
+    for start in range(0, len(scores), block):
+        part, right = scores[start : start + block], truth[start : start + block]
+        chance = (part * inverse).softmax(dim=1)
+        expected = chance.mul_(part).sum(dim=1)
+        squared = chance.mul_(part).sum(dim=1)
+        slope += float((expected - part.gather(1, right[:, None])[:, 0]).double().sum())
+        curvature += float((squared - expected.square()).double().sum())
+    return slope, curvature
 
 
 def count_tags(
@@ -260,6 +419,6 @@ def _counts_from_files(folder: Path, labels: Sequence[str]) -> dict[str, dict[st
 
 
 def _without(found: Evidence, lost: BoolArray) -> Evidence:
-    """The evidence with the lost rows undefined."""
-    probabilities = np.where(lost[:, None], np.nan, found.probabilities)
-    return Evidence(found.ids, found.labels, probabilities, found.ranking, found.confidence, found.tied)
+    """The evidence with the lost rows undefined, in place: a second matrix could be too much."""
+    found.probabilities[lost] = np.nan
+    return found

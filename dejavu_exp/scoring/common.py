@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from dejavu_exp import metrics, provenance
+from dejavu_exp import metrics, provenance, statistics
 from dejavu_exp.errors import ConfigError
 from dejavu_exp.statistics import Draws
-from dejavu_exp.tables import Role, Status
+from dejavu_exp.tables import Estimate, FloatArray, IntArray, Role, Status
 
 
 def check_interval(level: float, resamples: int) -> None:
@@ -45,6 +45,50 @@ def mean_of(first: Draws, second: Draws) -> Draws:
 def mean_of_same(first: Draws, second: Draws) -> Draws:
     """The mean of two figures on the same resamples of the same rows."""
     return Draws((first.value + second.value) / 2, (first.samples + second.samples) / 2, first.n_used, first.n_excluded)
+
+
+def columns(draws: Draws, start: int, end: int | None) -> Draws:
+    """Some of the figures."""
+    return Draws(draws.value[start:end], draws.samples[:, start:end], draws.n_used, draws.n_excluded)
+
+
+CELLS = ("both", "target", "reference", "neither")
+"""Who is right in a row: both, only one, or neither."""
+
+
+def by_cells(
+    counts: IntArray, n_excluded: IntArray, level: float, resamples: int, rng: np.random.Generator
+) -> list[dict[str, Any]]:
+    """Shares of rows where target and reference are right, and the gap, for each of many groups of rows.
+
+    Args:
+        counts: shape (G, 4), rows of each group in each of `CELLS`.
+        n_excluded: shape (G,), carried into the estimates.
+        level: of the intervals.
+        resamples: of the bootstrap within each group.
+        rng: the generator.
+
+    Returns:
+        For each group estimates of `target`, `reference` and `gap`, JSON-ready; undefined where it has no rows.
+    """
+    signs = np.array([[1, 1, 0], [1, 0, 1], [0, 1, -1], [0, 0, 0]])
+    names = ("target", "reference", "gap")
+    rows = counts.sum(axis=1)
+    result = [dict.fromkeys(names, Estimate.undefined(int(n)).as_dict()) for n in n_excluded]
+    some = np.flatnonzero(rows)
+    block = max(1, statistics.BLOCK_ELEMENTS // (len(CELLS) * resamples))
+    for group in (some[start : start + block] for start in range(0, len(some), block)):
+        held = rows[group][:, None]
+        values = counts[group] @ signs / held
+        samples = statistics.resample_groups(counts[group], resamples, rng) @ signs / held
+        low, high = (edge.reshape(-1, 3) for edge in statistics.intervals(samples.reshape(resamples, -1), level))
+        for index, *edges in zip(group, values.tolist(), low.tolist(), high.tolist(), strict=True):
+            used, excluded = int(rows[index]), int(n_excluded[index])
+            result[index] = {
+                name: Estimate(value, below, above, used, excluded).as_dict()
+                for name, value, below, above in zip(names, *edges, strict=True)
+            }
+    return result
 
 
 def points(estimate: Mapping[str, Any]) -> str:
@@ -123,11 +167,8 @@ def planted(
     repeated = (scored["planted_repeats"].fill_null(1) > 1).to_numpy()
     rng = provenance.rng(seed, "bootstrap/planted")
     value = metrics.auroc(values[repeated], values[~repeated])
-    samples = [
-        metrics.auroc(rng.choice(values[repeated], repeated.sum()), rng.choice(values[~repeated], (~repeated).sum()))
-        for _ in range(resamples if repeated.any() and not repeated.all() else 0)
-    ]
-    draws = Draws(np.array([value]), np.array(samples or [np.nan])[:, None], len(scored), len(scores) - len(scored))
+    samples = _resampled_auroc(values[repeated], values[~repeated], resamples, rng)
+    draws = Draws(np.array([value]), samples[:, None], len(scored), len(scores) - len(scored))
     keys = [column for column in ("background", "planted") if column == "planted" or column in scores.columns]
     groups = (
         scores.filter(pl.col("status") == Status.OK)
@@ -141,3 +182,21 @@ def planted(
         .sort(keys)
     )
     return {"auroc": draws.estimates(level)[0].as_dict(), "groups": groups.to_dicts()}
+
+
+def _resampled_auroc(
+    positive: FloatArray, negative: FloatArray, resamples: int, rng: np.random.Generator
+) -> FloatArray:
+    """`metrics.auroc` of resamples of both, shape (B,); the values are sorted once. One NaN where one is empty."""
+    if not len(positive) or not len(negative):
+        return np.array([np.nan])
+    distinct, place = np.unique(np.concatenate([positive, negative]), return_inverse=True)
+    parts = place[: len(positive)], place[len(positive) :]
+    found = np.empty(resamples)
+    for row in range(resamples):
+        above, below = (
+            np.bincount(part[rng.integers(len(part), size=len(part))], minlength=len(distinct)) for part in parts
+        )
+        wins = above @ (np.cumsum(below) - below) + (above @ below) / 2
+        found[row] = wins / (len(positive) * len(negative))
+    return found

@@ -15,7 +15,7 @@ from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.evidence import Evidence
 from dejavu_exp.scoring import common
 from dejavu_exp.statistics import Draws
-from dejavu_exp.tables import BoolArray, Estimate, FloatArray, Role, Status
+from dejavu_exp.tables import Estimate, FloatArray, Role, Status
 
 CURVE_PERCENT = (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90, 100)
 TOPS = {"top1": "", "top5": "_top5"}
@@ -84,7 +84,8 @@ class LabelInference:
             Columns of `tables.SCORES`, one row for each of `rows`.
         """
         ok = rows.filter(pl.col("status") == Status.OK)
-        has_evidence = np.isfinite(reference.take(ok["id"].to_list()).probabilities).all(axis=1)
+        reference = reference.take(ok["id"].to_list())
+        has_evidence = reference.answered()
         used = ok.filter(has_evidence)
         lost = pl.col("id").is_in(ok.filter(~has_evidence)["id"].implode())
         rows = rows.with_columns(
@@ -100,9 +101,9 @@ class LabelInference:
         columns: dict[str, Any] = {}
         for role, evidence in (("target", target), ("reference", reference)):
             code = {label: column for column, label in enumerate(evidence.labels)}
-            truth = np.array([code[label] for label in used["label"]], dtype=np.int64)
+            truth = used["label"].replace_strict(code, return_dtype=pl.Int64).to_numpy()
             columns |= {
-                f"{role}_label": [evidence.labels[column] for column in evidence.ranking[:, 0]],
+                f"{role}_label": pl.Series(evidence.labels)[evidence.ranking[:, 0]],
                 f"{role}_probability": evidence.probability_of(truth),
                 f"{role}_confidence": evidence.confidence,
                 f"{role}_correct": evidence.correct(truth),
@@ -110,8 +111,10 @@ class LabelInference:
                 f"{role}_tied": evidence.tied,
             }
         quadrant = metrics.quadrant(columns["target_correct"], columns["reference_correct"])
-        gained = metrics.entropy(reference.probabilities) - metrics.entropy(target.probabilities)
-        confidence = np.where(quadrant == 0, gained, np.nan)
+        memorized = quadrant == 0
+        entropies = [metrics.entropy(evidence.probabilities[memorized]) for evidence in (target, reference)]
+        confidence = np.full(len(used), np.nan)
+        confidence[memorized] = entropies[1] - entropies[0]
         by_name = {
             "probability": columns["target_probability"] - columns["reference_probability"],
             "entropy": confidence,
@@ -119,7 +122,7 @@ class LabelInference:
         return pl.DataFrame(
             {
                 **columns,
-                "quadrant": [metrics.QUADRANTS[place] for place in quadrant],
+                "quadrant": pl.Series(metrics.QUADRANTS)[quadrant],
                 "memorization_score": pl.Series(by_name[self.memorization_score], nan_to_null=True),
                 "memorization_confidence": pl.Series(confidence, nan_to_null=True),
             }
@@ -161,50 +164,47 @@ class LabelInference:
     def _draws(self, scores: pl.DataFrame, seed: int, role: str) -> dict[str, Draws]:
         """Bootstrap of one role. All statistics of a role see the same resamples, whatever the reference."""
         used = scores.filter(pl.col("status") == Status.OK).sort("id")
-        n_excluded = len(scores) - len(used)
         values = {column: used[column].to_numpy() for column in used.columns if used[column].dtype != pl.String}
+        parts: dict[str, Callable[[FloatArray], FloatArray]] = {
+            "by_target": self._accuracies(values, "target", ("target", "reference")),
+            "reference": self._accuracies(values, "reference", ("reference",)),
+            "means": partial(_means, _mean_columns(used)),
+        }
         curve = [percent / 100 for percent in CURVE_PERCENT]
-
-        def run(statistic: Callable[[FloatArray], FloatArray]) -> Draws:
-            rng = provenance.rng(seed, f"bootstrap/{role}")
-            return statistics.bootstrap(statistic, len(used), self.resamples, rng, n_excluded)
-
-        accuracies = {
-            f"{who}{ranked}": run(partial(self._accuracies, values, who, ranking))
-            for who, ranked, ranking in (
-                ("target", "", "target"), ("reference", "", "reference"), ("reference", "_same_rows", "target"),
-            )
-        }  # fmt: skip
-        memorized = (used["quadrant"] == "memorized").to_numpy()
-        curves = {
-            who: run(partial(metrics.confident_means, values[f"{who}_correct"], values[f"{who}_confidence"], curve))
-            for who in ("target", "reference")
-        }
+        for who in ("target", "reference"):
+            correct = np.asarray(values[f"{who}_correct"])[:, None]
+            parts[f"curve_{who}"] = metrics.TopMeans.of(correct, values[f"{who}_confidence"], curve)
+        rng = provenance.rng(seed, f"bootstrap/{role}")
+        draws = statistics.bootstrap_together(parts, len(used), self.resamples, rng, len(scores) - len(used))
+        width = len(TOPS) * len(self.fractions)
+        target = common.columns(draws["by_target"], 0, width)
+        same_rows = common.columns(draws["by_target"], width, None)
         return {
-            **accuracies,
-            "gaps": common.paired(accuracies["target"], accuracies["reference"]),
-            "same_rows_gaps": common.paired(accuracies["target"], accuracies["reference_same_rows"]),
-            "quadrants": run(lambda weights: _shares(used["quadrant"], weights)),
-            "memorization_confidence": run(partial(_mean_where, values["memorization_confidence"], memorized)),
-            "memorization_score": run(partial(_mean_where, values["memorization_score"], None)),
-            **{f"curve_{who}": draws for who, draws in curves.items()},
-            "curve_gap": common.paired(curves["target"], curves["reference"]),
+            "target": target,
+            "reference": draws["reference"],
+            "gaps": common.paired(target, draws["reference"]),
+            "same_rows_gaps": common.paired(target, same_rows),
+            "quadrants": common.columns(draws["means"], 0, len(metrics.QUADRANTS)),
+            "memorization_confidence": common.columns(draws["means"], -2, -1),
+            "memorization_score": common.columns(draws["means"], -1, None),
+            "curve_target": draws["curve_target"],
+            "curve_reference": draws["curve_reference"],
+            "curve_gap": common.paired(draws["curve_target"], draws["curve_reference"]),
         }
 
-    def _accuracies(self, values: Mapping[str, Any], who: str, ranking: str, weights: FloatArray) -> FloatArray:
-        """Top-1 then top-5 accuracy of `who` at each fraction; rows ranked by the confidence of `ranking`."""
+    def _accuracies(
+        self, values: Mapping[str, Any], ranking: str, judged: Sequence[str]
+    ) -> Callable[[FloatArray], FloatArray]:
+        """For each of `judged` top-1 then top-5 accuracy at each fraction; rows ranked by confidence of `ranking`."""
         confidence = values[f"{ranking}_confidence"]
         if self.ties == "first":
             # Ranks instead of confidences: without ties, the order of rows decides.
             places = np.empty(len(confidence))
             places[np.argsort(-confidence, kind="stable")] = np.arange(len(confidence))
             confidence = -places
-        return np.hstack(
-            [
-                metrics.confident_means(values[f"{who}_correct{suffix}"], confidence, self.fractions, weights)
-                for suffix in TOPS.values()
-            ]
-        )
+        correct = np.stack([values[f"{who}_correct{suffix}"] for who in judged for suffix in TOPS.values()], axis=1)
+        means = metrics.TopMeans.of(correct, confidence, self.fractions)
+        return lambda weights: means(weights).transpose(0, 2, 1)
 
     def _by_top_and_percent(self, estimates: list[Estimate]) -> dict[str, dict[str, Any]]:
         percents = [metrics.percent_key(fraction) for fraction in self.fractions]
@@ -239,25 +239,24 @@ class LabelInference:
 
     def _per_class(self, scores: pl.DataFrame, seed: int) -> list[dict[str, Any]]:
         """Top-1 accuracies and gap of each class, all usable rows of the class."""
-        result = []
-        for (label,), rows in scores.sort("label", "id").group_by("label", maintain_order=True):
-            used = rows.filter(pl.col("status") == Status.OK)
-            target, reference = used["target_correct"].to_numpy(), used["reference_correct"].to_numpy()
-            estimates = self._estimate_means([target, reference, target.astype(float) - reference], len(rows), seed)
-            names = ("target", "reference", "gap")
-            result.append({"label": label, **{n: e.as_dict() for n, e in zip(names, estimates, strict=True)}})
-        return result
-
-    def _estimate_means(self, columns: list[Any], n_rows: int, seed: int) -> list[Estimate]:
-        """Means over the same rows, with a paired bootstrap."""
-        matrix = np.stack([np.asarray(column, dtype=np.float64) for column in columns], axis=1)
-        if not len(matrix):
-            return [Estimate.undefined(n_rows)] * len(columns)
-        rng = provenance.rng(seed, "bootstrap/class")
-        draws = statistics.bootstrap(
-            lambda weights: weights @ matrix / len(matrix), len(matrix), self.resamples, rng, n_rows - len(matrix)
+        target, reference = pl.col("target_correct"), pl.col("reference_correct")
+        is_cell = {
+            "both": target & reference,
+            "target": target & ~reference,
+            "reference": ~target & reference,
+            "neither": ~target & ~reference,
+        }
+        used = pl.col("status") == Status.OK
+        counted = {name: (used & member).sum().cast(pl.Int64) for name, member in is_cell.items()}
+        table = scores.group_by("label").agg(n_excluded=(~used).sum().cast(pl.Int64), **counted).sort("label")
+        estimates = common.by_cells(
+            table.select(common.CELLS).to_numpy(),
+            table["n_excluded"].to_numpy(),
+            self.level,
+            self.resamples,
+            provenance.rng(seed, "bootstrap/class"),
         )
-        return draws.estimates(self.level)
+        return [{"label": label, **found} for label, found in zip(table["label"], estimates, strict=True)]
 
     def verdict(self, figures: Mapping[str, Any], reference: str, *, random: bool) -> str:
         """One sentence: what the figures show, and what they do not."""
@@ -268,18 +267,26 @@ class LabelInference:
         return common.verdict(gaps, corrected, said, self.level, random=random)
 
 
-def _shares(quadrants: pl.Series, weights: FloatArray) -> FloatArray:
-    member = np.stack([(quadrants == name).to_numpy() for name in metrics.QUADRANTS], axis=1).astype(np.float64)
-    return weights @ member / len(member) if len(member) else np.full((len(weights), member.shape[1]), np.nan)
+def _mean_columns(used: pl.DataFrame) -> FloatArray:
+    """What is averaged over all rows, shape (N, 8): a column and whether it is defined, for two; then the quadrants."""
+    columns = []
+    for name, chosen in (
+        ("memorization_confidence", pl.col("quadrant") == "memorized"),
+        ("memorization_score", pl.lit(True)),
+    ):
+        value = pl.when(chosen).then(pl.col(name)).fill_nan(None)
+        columns += [value.fill_null(0.0).alias(name), value.is_not_null().cast(pl.Float64).alias(f"has_{name}")]
+    quadrants = [(pl.col("quadrant") == name).cast(pl.Float64).alias(name) for name in metrics.QUADRANTS]
+    return used.select(*columns, *quadrants).to_numpy()
 
 
-def _mean_where(values: FloatArray, chosen: BoolArray | None, weights: FloatArray) -> FloatArray:
-    """Mean over the chosen rows that are defined; NaN in a resample without any."""
-    values = np.asarray(values, dtype=np.float64)
-    chosen = np.isfinite(values) if chosen is None else chosen & np.isfinite(values)
-    weight = weights[:, chosen].sum(axis=1)
-    total = weights[:, chosen] @ values[chosen]
-    return (total / np.where(weight > 0, weight, np.nan))[:, None]
+def _means(columns: FloatArray, weights: FloatArray) -> FloatArray:
+    """Shares of the quadrants, then the means of the two others over the rows where they are defined."""
+    sums = weights @ columns
+    total = weights.sum(axis=1, keepdims=True)
+    shares = sums[:, 4:] / np.where(total > 0, total, np.nan)
+    defined = sums[:, [1, 3]]
+    return np.hstack([shares, sums[:, [0, 2]] / np.where(defined > 0, defined, np.nan)])
 
 
 def _plain(values: Iterable[float]) -> list[float | None]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
@@ -75,12 +74,12 @@ class _Selection:
     Attributes:
         ranking: shape (M,), larger comes first.
         values: shape (M, 4), see `_measured`.
-        rows: shape (M,), their places among the role's usable rows.
+        rows: shape (N,), True for these among the role's usable rows.
     """
 
     ranking: FloatArray
     values: FloatArray
-    rows: IntArray
+    rows: BoolArray
 
 
 @dataclass(frozen=True)
@@ -285,7 +284,10 @@ class ObjectInference:
         columns = self._mean_columns(used)
         means = np.stack(list(columns.values()), axis=1)
         selections = self._selections(used, seed)
-        parts = [partial(_means, means), *(partial(self._selected, chosen) for _, chosen in selections)]
+        parts: list[Callable[[FloatArray], FloatArray]] = [
+            _Means.of(means),
+            *(self._selected(chosen) for _, chosen in selections),
+        ]
 
         def together(weights: FloatArray) -> FloatArray:
             return np.hstack([part(weights) for part in parts])
@@ -295,7 +297,7 @@ class ObjectInference:
         names = [*columns, *(name for ranking, _ in selections for name in self._selected_names(ranking))]
         n_used = [*np.isfinite(means).sum(axis=0)]
         for _, chosen in selections:
-            n_used += [len(chosen.rows)] * (len(self.top_fractions) * len(SELECTED))
+            n_used += [len(chosen.ranking)] * (len(self.top_fractions) * len(SELECTED))
         single = (
             Draws(draws.value[place : place + 1], draws.samples[:, place : place + 1], int(n), n_rows - int(n))
             for place, n in enumerate(n_used)
@@ -338,8 +340,8 @@ class ObjectInference:
         }
         found = []
         for name, ranking in rankings.items():
-            rows = np.flatnonzero(np.isfinite(ranking))
-            if len(rows) or not len(used):
+            rows = np.isfinite(ranking)
+            if rows.any() or not len(used):
                 found.append((name, _Selection(self._ordered(ranking[rows]), values[rows], rows)))
         return [*found, *(("split_half", half) for half in self._halves(used, seed))]
 
@@ -363,17 +365,20 @@ class ObjectInference:
         defined = np.isfinite(gaps[0])
         return np.stack([np.where(defined, gaps[0], 0), defined.astype(np.float64), *gaps[1:]], axis=1)
 
-    def _selected(self, chosen: _Selection, weights: FloatArray) -> FloatArray:
-        """`SELECTED` at each fraction, shape (B, fractions * 3)."""
+    def _selected(self, chosen: _Selection) -> Callable[[FloatArray], FloatArray]:
+        """`SELECTED` at each fraction as a function of weights, shape (B, fractions * 3)."""
         slack = 0.0 if self.compat == "authors" else metrics.CONFIDENCE_TOLERANCE
-        weights = weights if len(chosen.rows) == weights.shape[1] else weights[:, chosen.rows]
-        means = metrics.top_means(chosen.values, chosen.ranking, self.top_fractions, weights, slack)
-        one, two, three, four = np.moveaxis(means, 2, 0)
-        if self.compat == "authors":
-            gaps = [one - three, two - four, metrics.authors_f(one, two) - metrics.authors_f(three, four)]
-        else:
-            gaps = [one / np.where(two > 0, two, np.nan), three, four]
-        return np.stack(gaps, axis=2).reshape(len(weights), -1)
+        means = metrics.TopMeans.of(chosen.values, chosen.ranking, self.top_fractions, slack, chosen.rows)
+
+        def selected(weights: FloatArray) -> FloatArray:
+            one, two, three, four = np.moveaxis(means(weights), 2, 0)
+            if self.compat == "authors":
+                gaps = [one - three, two - four, metrics.authors_f(one, two) - metrics.authors_f(three, four)]
+            else:
+                gaps = [one / np.where(two > 0, two, np.nan), three, four]
+            return np.stack(gaps, axis=2).reshape(len(weights), -1)
+
+        return selected
 
     def _selected_names(self, ranking: str) -> Iterator[str]:
         for fraction in self.top_fractions:
@@ -386,8 +391,8 @@ class ObjectInference:
         The objects of a row are dealt by a hash of seed, id and object. Those of the ranking half are taken out of both
         the true and the predicted set. A row with a single object has no halves and is left out.
         """
-        rows = np.flatnonzero(used["objects"].list.len().to_numpy() >= 2)
-        part = used[rows]
+        rows = used["objects"].list.len().to_numpy() >= 2
+        part = used.filter(pl.Series(rows))
         total, correct = _dealt(part, seed)
         found = []
         for ranked, measured in ((0, 1), (1, 0)):
@@ -451,22 +456,14 @@ class ObjectInference:
         multinomial number.
         """
         table = _by_object(used)
-        counts = np.stack([table[name].to_numpy() for name in ("both", "target", "reference", "neither")], axis=1)
-        rows = table["rows"].to_numpy()
-        signs = np.array([[1, 1, 0], [1, 0, 1], [0, 1, -1], [0, 0, 0]])
+        counts = table.select(common.CELLS).to_numpy()
         rng = provenance.rng(seed, "bootstrap/object")
-        result = []
-        block = max(1, statistics.BLOCK_ELEMENTS // (4 * self.resamples))
-        for start in range(0, len(table), block):
-            held = rows[start : start + block, None]
-            shares = counts[start : start + block] / held
-            samples = rng.multinomial(held[:, 0], shares, size=(self.resamples, len(held))) @ signs / held
-            values = counts[start : start + block] @ signs / held
-            for place, name in enumerate(table["object"][start : start + block]):
-                draws = Draws(values[place], samples[:, place], int(held[place, 0]), 0)
-                estimates = zip(("target", "reference", "gap"), draws.estimates(self.level), strict=True)
-                result.append({"object": name, "rows": draws.n_used, **{who: e.as_dict() for who, e in estimates}})
-        return sorted(result, key=lambda found: (-found["gap"]["value"], found["object"]))
+        estimates = common.by_cells(counts, np.zeros(len(table), dtype=np.int64), self.level, self.resamples, rng)
+        found = [
+            {"object": name, "rows": rows, **estimate}
+            for name, rows, estimate in zip(table["object"], table["rows"], estimates, strict=True)
+        ]
+        return sorted(found, key=lambda one: (-one["gap"]["value"], one["object"]))
 
     def verdict(self, figures: Mapping[str, Any], reference: str, *, random: bool) -> str:
         """One sentence: what the figures show, and what they do not."""
@@ -516,13 +513,33 @@ def _numbers(frame: pl.DataFrame, column: str) -> FloatArray:
     return frame[column].cast(pl.Float64).fill_null(np.nan).to_numpy()
 
 
-def _means(values: FloatArray, weights: FloatArray) -> FloatArray:
-    """Weighted means of the columns over the rows where each is defined; NaN where none is."""
-    defined = np.isfinite(values)
-    total = np.repeat(weights.sum(axis=1, keepdims=True), values.shape[1], axis=1)
-    partly = ~defined.all(axis=0)
-    total[:, partly] = weights @ defined[:, partly].astype(np.float64)
-    return np.asarray(weights @ np.where(defined, values, 0) / np.where(total > 0, total, np.nan))
+@dataclass(frozen=True)
+class _Means:
+    """Weighted means of columns over the rows where each is defined; NaN where none is.
+
+    Attributes:
+        columns: shape (N, K + P): the columns, 0 where they are not defined, and for those P that are so in some row
+            whether they are defined.
+        partly: shape (K,), True for these.
+    """
+
+    columns: FloatArray
+    partly: BoolArray
+
+    @classmethod
+    def of(cls, values: FloatArray) -> _Means:
+        """From columns of shape (N, K) with NaN where they are not defined."""
+        defined = np.isfinite(values)
+        partly = np.asarray(~defined.all(axis=0))
+        return cls(np.hstack([np.where(defined, values, 0), defined[:, partly].astype(np.float64)]), partly)
+
+    def __call__(self, weights: FloatArray) -> FloatArray:
+        """The means under weights of shape (B, N), shape (B, K)."""
+        sums = weights @ self.columns
+        width = len(self.partly)
+        total = np.repeat(weights.sum(axis=1, keepdims=True), width, axis=1)
+        total[:, self.partly] = sums[:, width:]
+        return np.asarray(sums[:, :width] / np.where(total > 0, total, np.nan))
 
 
 def _dealt(used: pl.DataFrame, seed: int) -> tuple[IntArray, dict[str, IntArray]]:

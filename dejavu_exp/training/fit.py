@@ -16,7 +16,6 @@ from typing import Any, Literal, Protocol
 import lightning.pytorch as pl_lightning
 import polars as pl
 import torch
-from filelock import FileLock
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -25,6 +24,7 @@ from dejavu_exp import progress, provenance, tables
 from dejavu_exp.datasets.stores import ImageStore
 from dejavu_exp.devices import hush, quiet_trainer
 from dejavu_exp.errors import ConfigError, DataError
+from dejavu_exp.leases import Leases
 from dejavu_exp.training.recipe import Recipe, Schedule, Task
 from dejavu_exp.training.synchronized import synchronize
 from dejavu_exp.training.views import AugmentedViews, Place, StepBatches
@@ -413,8 +413,8 @@ def trained(
     until = epoch or job.recipe.epochs
     wanted = folder_of(folder, until) if job.validation.is_empty() else folder / BEST
     ready = wanted if job.validation.is_empty() else folder / DONE
-    with FileLock(folder / ".lock"):
-        if not ready.exists():
+    with Leases() as leases, leases.held(folder, f"{job.title} on the same", ready.exists) as mine:
+        if mine:
             tables.write_json(_facts(job), folder / "job.json")
             fit(job, settings, store, device, folder, until)
     return wanted
