@@ -29,7 +29,7 @@ Json: TypeAlias = Any
 
 RUN_FILES = ("config.yaml", "figures.json")
 NOT_RUNS = ("cache", "wandb")
-NO_INFLUENCE = ("gallery", "hydra", "tracking", "trainer.cache", "trainer.workers")
+NO_INFLUENCE = ("gallery", "hydra", *(".".join(key) for key in config.NO_INFLUENCE))
 """Keys of a configuration that change no figure, with all below them."""
 ENDS = ("low", "high", "n_used", "n_excluded")
 HASH_DIGITS = 8

@@ -31,7 +31,10 @@ NO_INFLUENCE = (
     ("tracking",),
     ("trainer", "cache"),
     ("trainer", "devices"),
+    ("trainer", "shard_rows"),
     ("trainer", "workers"),
+    ("trainer", "search_mb"),
+    ("trainer", "lease_s"),
 )
 """Keys that change no figure: two configurations that differ in nothing else are the same cell of a sweep."""
 
@@ -109,13 +112,18 @@ def _cell_name(*, _root_: DictConfig) -> str:
 
 def content_hash(resolved: Mapping[str, Any]) -> str:
     """12 hexadecimal digits that change with every value of a resolved configuration that may change a figure."""
-    kept = json.loads(json.dumps(resolved, default=str))
+    return hashlib.blake2b(json.dumps(that_decides(resolved), sort_keys=True).encode(), digest_size=6).hexdigest()
+
+
+def that_decides(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a resolved configuration may change a figure."""
+    kept: dict[str, Any] = json.loads(json.dumps(resolved, default=str))
     for *above, last in NO_INFLUENCE:
         node = kept
         for key in above:
             node = node.get(key, {})
         node.pop(last, None)
-    return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=6).hexdigest()
+    return kept
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:

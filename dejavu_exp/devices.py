@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl_lightning
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment  # type: ignore[attr-defined]
 
 NOISE = (
     "does not have many workers",  # whether more would help is for the configuration to say

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -300,7 +299,7 @@ def _embed_free(
     first = next(taken, None)
     if first is None:
         return
-    workers = min(ranks.here().threads, 8) if how.workers is None else how.workers
+    workers = min(ranks.here().cores, 8) if how.workers is None else how.workers
     batches = ShardBatches(shards, how.batch_size, first, taken)
     loader: DataLoader[Any] = DataLoader(
         PlannedBatches(data),  # type: ignore[arg-type]
@@ -310,23 +309,8 @@ def _embed_free(
         pin_memory=how.device == "cuda",
     )
     writer = ShardWriter(shards, pieces, bar)
-    with (
-        _threads(how.device),
-        quiet_trainer(how.device, writer, bfloat16=how.autocast, index=ranks.device_index()) as trainer,
-    ):
+    with quiet_trainer(how.device, writer, bfloat16=how.autocast, index=ranks.device_index()) as trainer:
         trainer.predict(EmbeddingModule(module), loader, return_predictions=False)
-
-
-@contextmanager
-def _threads(device: str) -> Iterator[None]:
-    """Share the cores among the ranks of this machine. The number of threads does not change what inference gives."""
-    before = torch.get_num_threads()
-    if device == "cpu" and ranks.here().place.size > 1:
-        torch.set_num_threads(ranks.here().threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 class ShardBatches(Sampler[list[int]]):

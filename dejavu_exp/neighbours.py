@@ -179,8 +179,6 @@ class _Nearest:
         self.positions = np.full((len(queries), k), np.iinfo(np.int64).max)
         self._lengths = np.linalg.norm(queries, axis=1)
         self._gpu = faiss.StandardGpuResources() if getattr(faiss, "get_num_gpus", lambda: 0)() > 0 else None
-        if ranks.here().place.size > 1:
-            faiss.omp_set_num_threads(ranks.here().threads)
 
     def add(self, positions: IntArray, values: Float32Array) -> None:
         """See further rows of the bank.
@@ -219,7 +217,7 @@ class _Nearest:
         distances, found = self._nearest_of(rows, self._exact(queries, values, wanted), positions[near])
         sure = rough[:, -1] - slack > distances[:, -1] if count < len(values) else np.full(len(rows), True)
         self.distances[rows[sure]], self.positions[rows[sure]] = distances[sure], found[sure]
-        return rows[~sure]
+        return np.asarray(rows[~sure])
 
     def _candidates(self, queries: Float32Array, values: Float32Array, count: int) -> tuple[IntArray, Float32Array]:
         """The nearest rows by FAISS, and their distances up to rounding, nearest first."""

@@ -6,6 +6,7 @@ There is no collective operation in it: a rank that is slow or dead costs the pi
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -36,8 +37,8 @@ MEET_S = 600
 """Seconds for which a helper looks for rank 0."""
 LISTEN_S = 0.1
 """Seconds between two looks at what another rank says."""
-PART_S = 60
-"""Seconds for which rank 0 waits at its end for tasks that start late."""
+PART_S = 30
+"""Seconds for which rank 0 waits at its end for tasks that start late, or have died."""
 END = "end"
 
 
@@ -64,27 +65,48 @@ class Place:
     hosted: bool = False
 
 
+@functools.cache
 def place() -> Place:
     """This process's place among the tasks that torchrun or SLURM started; alone where neither did.
 
-    What torchrun says is taken out of the environment: libraries would take it as meant for them.
+    Where torchrun's store is, is taken out of the environment: Lightning would take it as said to itself.
     """
     env = os.environ
     if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        said = {name: env.pop(name, "") for name in names}
-        hosted = env.pop("TORCHELASTIC_USE_AGENT_STORE", "") == "True"
-        rank, size = int(said["RANK"]), int(said["WORLD_SIZE"])
-        local_rank, local_size = int(said["LOCAL_RANK"] or rank), int(said["LOCAL_WORLD_SIZE"] or size)
-        return Place(rank, size, local_rank, local_size, said["MASTER_ADDR"], int(said["MASTER_PORT"]), hosted)
+        rank, size = env["RANK"], env["WORLD_SIZE"]
+        names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
+        local_rank, local_size, address, port, hosted = (env.pop(name, "") for name in names)
+        return Place(rank, size, int(local_rank or rank), int(local_size or size), address, int(port), hosted == "True")
     # A step of srun; a shell within an allocation is not one.
-    size = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
-    if size == 1:
+    tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks == 1:
         return Place()
     here = int(env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0])
-    address = _first_host(env["SLURM_STEP_NODELIST"])
     port = 20_000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_STEP_ID", "0"))) % 20_000
-    return Place(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), here, address, port)
+    address = _first_host(env["SLURM_STEP_NODELIST"])
+    return Place(int(env["SLURM_PROCID"]), tasks, int(env["SLURM_LOCALID"]), here, address, port)
+
+
+@functools.cache
+def _store(found: Place) -> Any:  # noqa: ANN401 - a TCPStore, of which torch says nothing
+    """The store where the ranks meet, one for all runs of this process.
+
+    Raises:
+        DataError: rank 0 cannot be found, or the port cannot be had.
+    """
+    leads = found.rank == 0 and not found.hosted
+    try:
+        return TCPStore(
+            found.address,
+            found.port,
+            found.size,
+            is_master=leads,
+            timeout=timedelta(seconds=MEET_S),
+            wait_for_workers=False,
+        )
+    except (distributed.DistError, RuntimeError) as error:
+        where = f"{found.address}:{found.port}"
+        raise DataError(f"rank {found.rank} of {found.size} cannot reach rank 0 at {where}: {error}") from error
 
 
 def _first_host(nodes: str) -> str:
@@ -111,42 +133,35 @@ class Ranks:
         self.place = place
         self._parent, self._folder = folder, folder / uuid.uuid4().hex
         self._store: Any = None
+        self._run = 0
         self._asked = 0
         self._children: list[subprocess.Popen[bytes]] = []
         self._written: dict[int, tuple[Any, str]] = {}
         self._read: dict[str, Any] = {}
 
     @property
-    def threads(self) -> int:
-        """Cores for each process of this machine."""
+    def cores(self) -> int:
+        """Cores of this machine for each of its processes, to decode on.
+
+        Networks run on as many threads as in a process alone: another number could add in another order. On CPUs ranks
+        then share cores, which costs little where idle threads sleep.
+        """
         mine = int(os.environ.get("SLURM_CPUS_PER_TASK", "0")) if self.place.size > 1 else 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return mine or max(1, cores // self.place.local_size)
 
-    def open(self) -> None:
-        """Open the store, or find rank 0's.
+    def open(self, run: int) -> None:
+        """Meet the other ranks.
+
+        Args:
+            run: number of the run, which is the same in all ranks; nothing of another is read.
 
         Raises:
-            DataError: rank 0 cannot be found, or the port cannot be had.
+            DataError: as `_store`.
         """
-        try:
-            self._store = PrefixStore(
-                "dejavu_exp",
-                TCPStore(
-                    self.place.address,
-                    self.place.port,
-                    self.place.size,
-                    is_master=self.place.rank == 0 and not self.place.hosted,
-                    timeout=timedelta(seconds=MEET_S),
-                    wait_for_workers=False,
-                ),
-            )
-        except (distributed.DistError, RuntimeError) as error:
-            where = f"{self.place.address}:{self.place.port}"
-            raise DataError(
-                f"rank {self.place.rank} of {self.place.size} cannot reach rank 0 at {where}: {error}"
-            ) from error
-        self._store.set(f"met/{self.place.rank}", "")
+        self._run = run
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._store = PrefixStore(f"dejavu_exp/{attempt}/{run}", _store(self.place))
 
     def ask(self, function: Callable[..., None], *arguments: object) -> None:
         """Have the other ranks call a function when they can; this call does not wait for them.
@@ -188,7 +203,7 @@ class Ranks:
         for rank in range(1, self.place.size):
             self._children.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", "dejavu_exp.ranks", str(self._parent)],
+                    [sys.executable, "-m", "dejavu_exp.ranks", str(self._parent), str(self._run)],
                     env={**os.environ, **self._said_to(rank)},
                     stdin=subprocess.DEVNULL,
                 )
@@ -202,7 +217,9 @@ class Ranks:
             "WORLD_SIZE": str(self.place.size),
             "LOCAL_WORLD_SIZE": str(self.place.size),
             "MASTER_ADDR": self.place.address,
-            "MASTER_PORT": str(self._store.underlying_store.port),
+            "MASTER_PORT": str(_store(self.place).port),
+            "TORCHELASTIC_RESTART_COUNT": "0",
+            "OMP_WAIT_POLICY": "PASSIVE",
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # that rank 0 has gone is no news
         }
 
@@ -222,6 +239,7 @@ class Ranks:
         while self._next(last):
             last, folder, names = json.loads(self._store.get("work"))
             if last == END:
+                self._store.set(f"left/{self.place.rank}", "")
                 return
             try:
                 function, *arguments = self._load(Path(folder), names)
@@ -275,14 +293,15 @@ class Ranks:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _part(self) -> None:
-        """Wait for tasks that have not found rank 0 yet: they would look for it long after it has ended."""
-        others = [f"met/{rank}" for rank in range(1, self.place.size)]
+        """Wait until the other tasks know that the run has ended: one that starts late would look long for rank 0."""
+        others = [f"left/{rank}" for rank in range(1, self.place.size)]
         until = time.monotonic() + PART_S
         while not self._store.check(others) and time.monotonic() < until:
             time.sleep(LISTEN_S)
 
 
 _here = Ranks(Place(), Path())
+_runs = 0
 
 
 def here() -> Ranks:
@@ -304,14 +323,15 @@ def joined(devices: int, folder: Path) -> Iterator[bool]:
     Raises:
         DataError: the processes do not find each other.
     """
-    global _here
+    global _here, _runs
     found = place()
     if found.size == 1 and devices > 1:
         found = Place(size=devices, local_size=devices)
     before, _here = _here, Ranks(found, folder / "ranks")
+    _runs += 1
     try:
         if found.size > 1:
-            _here.open()
+            _here.open(_runs)
         if found.rank:
             _here.serve()
         yield found.rank == 0
@@ -325,9 +345,21 @@ def device_index() -> int:
     return _here.place.local_rank % max(1, torch.cuda.device_count())
 
 
+def main(folder: str, run: str) -> None:
+    """A child: help with one run of the process that started it.
+
+    Args:
+        folder: that rank 0 passes work through.
+        run: its number.
+    """
+    global _runs
+    _runs = int(run) - 1
+    with suppress(KeyboardInterrupt), joined(1, Path(folder).parent):
+        pass
+
+
 if __name__ == "__main__":
     # Under its own name, so that what is unpickled here finds the same module.
     from dejavu_exp import ranks
 
-    with suppress(KeyboardInterrupt), ranks.joined(1, Path(sys.argv[1]).parent):
-        pass
+    ranks.main(*sys.argv[1:])

@@ -13,15 +13,17 @@ import polars as pl
 
 from dejavu_exp import crops, images, provenance, tables, taggers
 from dejavu_exp.captions import Caption
+from dejavu_exp.config import that_decides
 from dejavu_exp.datasets.base import Dataset, Manifest
 from dejavu_exp.encoders import Encoder, LoadedEncoder
 from dejavu_exp.encoders.base import BOTH
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.evidence import Evidence
-from dejavu_exp.extract import Embeddings, Extractor
+from dejavu_exp.extract import Extractor
 from dejavu_exp.neighbours import KnnProbe
 from dejavu_exp.references.base import OtherDirection, Reference, ReferenceInputs
 from dejavu_exp.scoring import LabelInference, ObjectInference
+from dejavu_exp.shards import Embeddings
 from dejavu_exp.splits import Split
 from dejavu_exp.tables import Role, Status
 from dejavu_exp.taggers import Tagger
@@ -438,7 +440,7 @@ def collect(
         "references": references,
         "agreement": agreement,
         "utility": useful,
-        "run": {"versions": provenance.versions(), "commit": provenance.commit(), "config": dict(config)},
+        "run": {"versions": provenance.versions(), "commit": provenance.commit(), "config": that_decides(config)},
     }
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dejavu_exp import extract, progress, provenance, tables
+from dejavu_exp import progress, provenance, tables
 from dejavu_exp.datasets.stores import MemoryStore
 from dejavu_exp.encoders import CharNgramEncoder, LoadedEncoder
 from dejavu_exp.errors import ConfigError, DataError

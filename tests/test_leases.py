@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dejavu_exp import leases, tables
+from dejavu_exp import tables
 from dejavu_exp.errors import DataError
 from dejavu_exp.leases import Leases, Pieces
 
@@ -35,7 +35,7 @@ def test_one_process_holds_a_lease_and_gives_it_back(tmp_path: Path) -> None:
 def test_a_lease_without_a_sign_of_life_is_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     work = tmp_path / "result"
     clock = [0.0]
-    monkeypatch.setattr(leases.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     elsewhere = {"owner": "x", "host": "far", "machine": "another", "pid": 1, "started": "1"}
     (tmp_path / ".result.lease.1").write_text(json.dumps(elsewhere))
     with Leases(expiry_s=10) as mine:
@@ -66,7 +66,7 @@ def test_a_dead_holder_on_this_machine_is_noticed_at_once(tmp_path: Path) -> Non
 
 def test_a_lease_without_content_expires_like_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(leases.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     (tmp_path / ".result.lease.1").touch()
     with Leases(expiry_s=10) as mine:
         assert not mine.claim(tmp_path / "result")
@@ -116,8 +116,8 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 def work_on(folder: Path) -> None:
-    with Leases() as leases:
-        pieces = Pieces(200, lambda piece: folder / str(piece), leases)
+    with Leases() as mine:
+        pieces = Pieces(200, lambda piece: folder / str(piece), mine)
         while pieces.missing():
             for piece in pieces.take():
                 with (folder / "log").open("a") as log:

@@ -1,8 +1,5 @@
-"""Several processes of one run: own children, torchrun's and SLURM's places, death, and the same bytes for any number."""
+"""Several processes of one run: own children, torchrun's and SLURM's places, death, and the same bytes always."""
 
-import json
-import logging
-import multiprocessing
 import os
 import random
 import signal
@@ -25,6 +22,7 @@ from dejavu_exp import neighbours, ranks
 from dejavu_exp.errors import DataError
 from dejavu_exp.extract import Extractor
 from dejavu_exp.ranks import Place
+from dejavu_exp.shards import Embeddings
 
 HERE = str(Path(__file__).parent)
 
@@ -39,7 +37,7 @@ class Watched(nn.Module):
         while os.environ.get("PATIENT") == str(os.getpid()) and len(set(log.read_text().split())) == 1:
             assert time.monotonic() < until, "no other process has begun"
             time.sleep(0.01)
-        time.sleep(0.02)
+        time.sleep(float(os.environ.get("PAUSE", "0")))
         return pixels.mean(dim=(2, 3))
 
 
@@ -59,9 +57,7 @@ def no_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert ranks.here().place == Place()
 
 
-def test_children_share_the_shards_and_the_search(
-    tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_children_share_the_shards_and_the_search(tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     views, store = images(100)
     alone = Extractor(tmp_path / "alone", accelerator="cpu", batch_size=4, shard_rows=4, workers=0)
     shared = Extractor(tmp_path / "shared", accelerator="cpu", batch_size=4, shard_rows=4, workers=0)
@@ -83,9 +79,7 @@ def test_children_share_the_shards_and_the_search(
     assert not list(shared.cache.rglob(".*.lease.*"))
 
 
-def test_a_helper_that_dies_costs_its_shard_only(
-    tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_helper_that_dies_costs_its_shard_only(tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     views, store = images(100)
     monkeypatch.setenv("PATIENT", str(os.getpid()))
     shared = Extractor(tmp_path / "cache", accelerator="cpu", batch_size=4, shard_rows=4, workers=0)
@@ -111,10 +105,17 @@ def test_a_helper_that_dies_costs_its_shard_only(
 def test_what_fails_in_rank_0_ends_the_helpers(tmp_path: Path, log: Path) -> None:
     views, store = images(40)
     shared = Extractor(tmp_path / "cache", accelerator="cpu", batch_size=4, shard_rows=4, workers=0)
-    with pytest.raises(KeyboardInterrupt), ranks.joined(2, shared.cache):
-        shared.embed(encoder(Watched()), views, store)
-        children = list(ranks.here()._children)
-        raise KeyboardInterrupt
+    children = []
+
+    def fail() -> None:
+        with ranks.joined(2, shared.cache):
+            shared.embed(encoder(Watched()), views, store)
+            children.extend(ranks.here()._children)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert children
     assert all(child.poll() is not None for child in children)
 
 
@@ -147,16 +148,21 @@ def test_the_place_is_what_slurm_or_torchrun_says(
 ) -> None:
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert ranks.place() == expected
-    assert "RANK" not in os.environ, "Lightning would take it as said to itself"
-    for name in env:
-        monkeypatch.delenv(name, raising=False)
+    ranks.place.cache_clear()
+    try:
+        assert ranks.place() == expected
+        assert "MASTER_PORT" not in os.environ, "Lightning would take it as said to itself"
+    finally:
+        ranks.place.cache_clear()
 
 
 def test_a_rank_that_finds_nobody_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ranks, "MEET_S", 1)
     monkeypatch.setattr(ranks, "place", lambda: Place(1, 2, address="127.0.0.1", port=1))
-    with pytest.raises(DataError, match=r"rank 1 of 2 cannot reach rank 0 at 127\.0\.0\.1:1"), ranks.joined(1, tmp_path):
+    with (
+        pytest.raises(DataError, match=r"rank 1 of 2 cannot reach rank 0 at 127\.0\.0\.1:1"),
+        ranks.joined(1, tmp_path),
+    ):
         pass
 
 
@@ -167,38 +173,113 @@ def test_helpers_read_nothing_but_what_rank_0_of_this_user_wrote(tmp_path: Path)
         ranks.Ranks(Place(), tmp_path / "ranks")._load(elsewhere, ["000000.pkl"])
 
 
-def embed_in_child(cache: Path) -> None:
-    views, store = images(160)
-    Extractor(cache, accelerator="cpu", batch_size=4, shard_rows=4, workers=0).embed(encoder(Watched()), views, store)
+def job(cache: Path) -> Extractor:
+    return Extractor(cache, accelerator="cpu", batch_size=4, shard_rows=8, workers=0)
 
 
-def test_eight_jobs_on_one_cache_extract_once_whoever_is_killed(tmp_path: Path, log: Path) -> None:
+def embed_all(cache: Path) -> Embeddings:
+    views, store = images(800)
+    return job(cache).embed(encoder(Watched()), views, store)
+
+
+@pytest.mark.slow
+def test_eight_jobs_on_one_cache_extract_once_whoever_is_killed(
+    tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They start at once; twenty random kills; nothing is damaged, left behind, or waited for in vain."""
-    rng, server = random.Random(1), multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["test_ranks"])  # forks of a process without threads, which start in no time
+    rng, cache = random.Random(1), tmp_path / "cache"
+    monkeypatch.setenv("PAUSE", "0.2")
+    command = "import sys, pathlib, test_ranks; test_ranks.embed_all(pathlib.Path(sys.argv[1]))"
 
-    def start() -> Any:
-        process = server.Process(target=embed_in_child, args=[tmp_path / "cache"])
-        process.start()
-        return process
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", command, str(cache)], stderr=subprocess.DEVNULL)
 
-    processes = [start() for _ in range(8)]
-    for _ in range(20):
-        time.sleep(rng.uniform(0.02, 0.12))
-        victim = rng.randrange(len(processes))
+    processes, until = [start() for _ in range(8)], time.monotonic() + 200
+    for kill in range(20):
+        # Every second victim is one that works, others are at their start or wait.
+        while not log.exists() or len(log.read_text().split()) < 5 * kill:
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.2))
+        working = [number for number, process in enumerate(processes) if str(process.pid) in log.read_text().split()]
+        victim = rng.choice(working) if kill % 2 and working else rng.randrange(len(processes))
         processes[victim].kill()
-        processes[victim].join()
+        processes[victim].wait()
         processes[victim] = start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * 8
-    assert len(log.read_text().split()) <= 40 + 20, "what was done once is not done again"
-    views, store = images(160)
+    assert [process.wait(timeout=200) for process in processes] == [0] * 8
+    assert 200 <= len(log.read_text().split()) <= 200 + 20 * 2, "what was done once is not done again"
+    monkeypatch.setenv("PAUSE", "0")
     log.unlink()
-    found = Extractor(tmp_path / "cache", accelerator="cpu", batch_size=4, shard_rows=4, workers=0).embed(encoder(Watched()), views, store)
+    found = embed_all(cache)
     assert not log.exists(), "all was there"
-    np.testing.assert_array_equal(
-        found.values, Extractor(tmp_path / "new", accelerator="cpu", batch_size=4, shard_rows=4).embed(encoder(Watched()), views, store).values
+    np.testing.assert_array_equal(found.values, embed_all(tmp_path / "new").values)
+    assert [path.name for path in cache.rglob(".*")] == []
+
+
+def figures(run: Finished) -> dict[str, Any]:
+    """What must not depend on how a run was done: all but its times."""
+    assert run.code == 0, run.stderr
+    found: dict[str, Any] = run.figures()
+    del found["run"]["seconds"], found["run"]["created"]
+    return found
+
+
+REFERENCES = "reference=[naive_bayes,class_prior,crop_classifier]"
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return measure(tmp_path_factory.mktemp("one"), *SMALL, REFERENCES, "trainer.shard_rows=64")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
+def test_any_number_of_ranks_gives_the_same_figures(devices: int, one_rank: Finished, tmp_path: Path) -> None:
+    several = measure(tmp_path, *SMALL, REFERENCES, "trainer.shard_rows=64", f"trainer.devices={devices}")
+    assert figures(several) == figures(one_rank)
+    assert several.scores().equals(one_rank.scores())
+
+
+@pytest.mark.slow
+def test_torchrun_gives_the_same_figures(one_rank: Finished, tmp_path: Path) -> None:
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dejavu_exp"]
+    done = subprocess.run(
+        [*run, f"hydra.run.dir={tmp_path}", *SMALL, REFERENCES, "trainer.shard_rows=64"],
+        # One thread a process is torchrun's default, and another number trains other weights.
+        env={**os.environ, "DEJAVU_CACHE": str(tmp_path / "cache"), "WANDB_MODE": "offline", **all_threads()},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
-    left = [path.name for path in (tmp_path / "cache").rglob(".*")]
-    assert left == []
+    assert figures(Finished(done.returncode, tmp_path, done.stdout, done.stderr)) == figures(one_rank)
+
+
+def all_threads() -> dict[str, str]:
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["rank 0", "helper"])
+def test_a_run_of_which_a_rank_is_killed_goes_on_to_the_same_figures(
+    victim: str, one_rank: Finished, tmp_path: Path
+) -> None:
+    settings = [*SMALL, REFERENCES, "trainer.shard_rows=64", "trainer.devices=2", f"hydra.run.dir={tmp_path}"]
+    environment = {**os.environ, "DEJAVU_CACHE": str(tmp_path / "cache"), "WANDB_MODE": "offline"}
+    first = subprocess.Popen(
+        [sys.executable, "-m", "dejavu_exp", *settings], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 200
+    while not list((tmp_path / "cache").glob("embeddings/*/0*.arrow")):
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    helper = children_of(first.pid)
+    os.kill(first.pid if victim == "rank 0" or not helper else helper[0], signal.SIGKILL)
+    first.wait(timeout=200)
+    again = measure(tmp_path, *settings, cache=tmp_path / "cache")
+    assert figures(again) == figures(one_rank)
+    assert not list((tmp_path / "cache").rglob(".*.lease.*"))
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -44,7 +44,7 @@ def test_metadata_travels_with_the_table(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_old_file_and_no_half_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "figures.json"
     tables.write_json({"old": 1}, path)
-    monkeypatch.setattr(tables.uuid, "uuid4", lambda: uuid.UUID(int=0))
+    monkeypatch.setattr(uuid, "uuid4", lambda: uuid.UUID(int=0))
     (tmp_path / ".figures.json.00000000.partial").symlink_to("/dev/full")
     with pytest.raises(DataError, match=r"figures\.json.*No space left.*Free some space"):
         tables.write_json({"new": list(range(10_000))}, path)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import polars as pl
 
@@ -14,8 +14,10 @@ from dejavu_exp.datasets.base import Manifest
 from dejavu_exp.errors import DataError
 from dejavu_exp.evidence import NEAREST
 from dejavu_exp.images import thumbnail
-from dejavu_exp.neighbours import Neighbours
 from dejavu_exp.tables import Role, Status
+
+if TYPE_CHECKING:
+    from dejavu_exp.neighbours import Neighbours
 
 IMAGE_SIDE_PX = 192
 NEIGHBOUR_SIDE_PX = 96
