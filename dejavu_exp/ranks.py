@@ -67,24 +67,43 @@ class Place:
 
 @functools.cache
 def place() -> Place:
-    """This process's place among the tasks that torchrun or SLURM started; alone where neither did.
-
-    Where torchrun's store is, is taken out of the environment: Lightning would take it as said to itself.
-    """
-    env = os.environ
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= env.keys():
-        rank, size = env["RANK"], env["WORLD_SIZE"]
-        names = ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
-        local_rank, local_size, address, port, hosted = (env.pop(name, "") for name in names)
-        return Place(rank, size, int(local_rank or rank), int(local_size or size), address, int(port), hosted == "True")
+    """This process's place among the tasks that torchrun or SLURM started; alone where neither did."""
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        return _place_of_torchrun()
     # A step of srun; a shell within an allocation is not one.
-    tasks = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
-    if tasks == 1:
-        return Place()
+    return _place_of_slurm() if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 else Place()
+
+
+def _place_of_torchrun() -> Place:
+    """Where its store is, is taken out of the environment: Lightning would take it as said to itself."""
+    env = os.environ
+    rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    address, port = env.pop("MASTER_ADDR"), int(env.pop("MASTER_PORT"))
+    local_rank, local_size = int(env.pop("LOCAL_RANK", rank)), int(env.pop("LOCAL_WORLD_SIZE", size))
+    hosted = env.pop("TORCHELASTIC_USE_AGENT_STORE", "") == "True"
+    return Place(rank, size, local_rank, local_size, address, port, hosted)
+
+
+def _place_of_slurm() -> Place:
+    env = os.environ
     here = int(env["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0])
     port = 20_000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env.get("SLURM_STEP_ID", "0"))) % 20_000
     address = _first_host(env["SLURM_STEP_NODELIST"])
-    return Place(int(env["SLURM_PROCID"]), tasks, int(env["SLURM_LOCALID"]), here, address, port)
+    return Place(
+        int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), here, address, port
+    )
+
+
+def _first_host(nodes: str) -> str:
+    """The first host of a list in SLURM's short form.
+
+    >>> _first_host("gpu[07-09,12],login1"), _first_host("n1,n2")
+    ('gpu07', 'n1')
+    """
+    found = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
+    if not found:
+        raise ConfigError(f"SLURM_STEP_NODELIST={nodes}: not a list of hosts.")
+    return "".join(part or "" for part in found.groups())
 
 
 @functools.cache

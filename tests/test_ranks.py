@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from test_extract import encoder, images
 from torch import nn
 
 from dejavu_exp import neighbours, ranks
+from dejavu_exp.encoders import LoadedEncoder, TimmEncoder
 from dejavu_exp.errors import DataError
 from dejavu_exp.extract import Extractor
 from dejavu_exp.ranks import Place
@@ -216,6 +219,58 @@ def test_eight_jobs_on_one_cache_extract_once_whoever_is_killed(
     assert [path.name for path in cache.rglob(".*")] == []
 
 
+@dataclass(frozen=True)
+class PatientEncoder:
+    """A timm model of random weights, of which rank 0 waits until another rank has begun.
+
+    Attributes:
+        arch: timm's name.
+    """
+
+    reads: ClassVar[frozenset[str]] = TimmEncoder.reads
+    arch: str
+
+    def check(self) -> None:
+        TimmEncoder(self.arch, weights="random").check()
+
+    def load(self) -> LoadedEncoder:
+        loaded = TimmEncoder(self.arch, weights="random").load()
+        return replace(loaded, module=Patient(loaded.module))
+
+
+class Patient(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module, self.watched = module, Watched()
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        here = ranks.here().place
+        if here.rank == 0 and here.size > 1:
+            os.environ["PATIENT"] = str(os.getpid())
+        self.watched(pixels)
+        embedded: torch.Tensor = self.module(pixels)
+        return embedded
+
+
+SHARED = (
+    *(value for value in SMALL if not value.startswith("model.")),
+    "model=efficientnet_lite0",
+    "model._target_=test_ranks.PatientEncoder",
+    "~model.weights",
+    "~model.output",
+    "model.arch=test_resnet.r160_in1k",
+    "reference=[naive_bayes,class_prior,crop_classifier]",
+    "trainer.batch_size=8",
+    "trainer.shard_rows=8",
+    "trainer.workers=0",
+)
+"""A run of many small shards in which every rank gets some."""
+
+
+def environment(folder: Path, **more: str) -> dict[str, str]:
+    return {"PYTHONPATH": HERE, "BATCHES": str(folder / "log"), **more}
+
+
 def figures(run: Finished) -> dict[str, Any]:
     """What must not depend on how a run was done: all but its times."""
     assert run.code == 0, run.stderr
@@ -224,39 +279,47 @@ def figures(run: Finished) -> dict[str, Any]:
     return found
 
 
-REFERENCES = "reference=[naive_bayes,class_prior,crop_classifier]"
+def workers(folder: Path) -> Counter[str]:
+    """Batches by process."""
+    return Counter((folder / "log").read_text().split())
 
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    return measure(tmp_path_factory.mktemp("one"), *SMALL, REFERENCES, "trainer.shard_rows=64")
+    folder = tmp_path_factory.mktemp("one")
+    return measure(folder, *SHARED, **environment(folder))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
 def test_any_number_of_ranks_gives_the_same_figures(devices: int, one_rank: Finished, tmp_path: Path) -> None:
-    several = measure(tmp_path, *SMALL, REFERENCES, "trainer.shard_rows=64", f"trainer.devices={devices}")
+    several = measure(tmp_path, *SHARED, f"trainer.devices={devices}", **environment(tmp_path, PAUSE="0.2"))
     assert figures(several) == figures(one_rank)
     assert several.scores().equals(one_rank.scores())
+    assert len(workers(tmp_path)) > 1
+    assert workers(tmp_path).total() == workers(one_rank.folder).total(), "each batch was embedded once"
 
 
 @pytest.mark.slow
 def test_torchrun_gives_the_same_figures(one_rank: Finished, tmp_path: Path) -> None:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dejavu_exp"]
+    # One thread a process is torchrun's default, and another number trains other weights of the crop classifier.
+    threads = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     done = subprocess.run(
-        [*run, f"hydra.run.dir={tmp_path}", *SMALL, REFERENCES, "trainer.shard_rows=64"],
-        # One thread a process is torchrun's default, and another number trains other weights.
-        env={**os.environ, "DEJAVU_CACHE": str(tmp_path / "cache"), "WANDB_MODE": "offline", **all_threads()},
+        [*run, f"hydra.run.dir={tmp_path}", *SHARED],
+        env={
+            **os.environ,
+            "DEJAVU_CACHE": str(tmp_path / "cache"),
+            "OMP_NUM_THREADS": threads,
+            **environment(tmp_path),
+        },
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert figures(Finished(done.returncode, tmp_path, done.stdout, done.stderr)) == figures(one_rank)
-
-
-def all_threads() -> dict[str, str]:
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(torch.get_num_threads()))}
+    assert len(workers(tmp_path)) == 2
 
 
 @pytest.mark.slow
@@ -264,22 +327,22 @@ def all_threads() -> dict[str, str]:
 def test_a_run_of_which_a_rank_is_killed_goes_on_to_the_same_figures(
     victim: str, one_rank: Finished, tmp_path: Path
 ) -> None:
-    settings = [*SMALL, REFERENCES, "trainer.shard_rows=64", "trainer.devices=2", f"hydra.run.dir={tmp_path}"]
-    environment = {**os.environ, "DEJAVU_CACHE": str(tmp_path / "cache"), "WANDB_MODE": "offline"}
+    settings = [*SHARED, "trainer.devices=2", f"hydra.run.dir={tmp_path}"]
+    slow = environment(tmp_path, PAUSE="0.2", DEJAVU_CACHE=str(tmp_path / "cache"))
     first = subprocess.Popen(
-        [sys.executable, "-m", "dejavu_exp", *settings], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "dejavu_exp", *settings],
+        cwd=tmp_path,
+        env={**os.environ, **slow},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     until = time.monotonic() + 200
-    while not list((tmp_path / "cache").glob("embeddings/*/0*.arrow")):
+    while not (tmp_path / "log").exists() or not (helper := set(workers(tmp_path)) - {str(first.pid)}):
         assert time.monotonic() < until
         time.sleep(0.01)
-    helper = children_of(first.pid)
-    os.kill(first.pid if victim == "rank 0" or not helper else helper[0], signal.SIGKILL)
-    first.wait(timeout=200)
-    again = measure(tmp_path, *settings, cache=tmp_path / "cache")
+    os.kill(first.pid if victim == "rank 0" else int(helper.pop()), signal.SIGKILL)
+    assert first.wait(timeout=200) == (-signal.SIGKILL if victim == "rank 0" else 0), "a dead helper ends nothing"
+    again = measure(tmp_path, *settings, cache=tmp_path / "cache", **environment(tmp_path))
     assert figures(again) == figures(one_rank)
+    assert workers(tmp_path).total() <= workers(one_rank.folder).total() + 2, "at most the batch of each rank was lost"
     assert not list((tmp_path / "cache").rglob(".*.lease.*"))
-
-
-def children_of(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

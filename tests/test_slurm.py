@@ -100,8 +100,6 @@ class Sweep:
             figures = json.loads((folder / "figures.json").read_text())
             for name in ("created", "seconds"):
                 figures["run"].pop(name)
-            for name in ("cache", "devices"):
-                figures["run"]["config"]["trainer"].pop(name)
             for name in ("gate", "shards"):
                 figures["run"]["config"]["model"].pop(name)
             found[key] = figures
