@@ -34,7 +34,7 @@ lint: $(VENV)/.dev  ## style, types and the import rule
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.dev  ## time the measurement's own parts side by side with other ways, in one run
-	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python -m benchmarks
 
 DATA ?= data
 replicate: $(VENV)/.run  ## the paper's comparison on 20 classes of Tiny ImageNet in DATA, half an hour; resumes; writes docs/results.md

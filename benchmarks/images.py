@@ -43,15 +43,15 @@ class View(NamedTuple):
 
 def background_crops() -> Comparison:
     """Background crops at the input size of an encoder, as queries are."""
-    views, source = _views()
-    return _compare(views, f"background crops of {source}", "1.5 times as fast as PIL, 2.5 times as the authors' path")
+    shown, source = views()
+    return _compare(shown, f"background crops of {source}", "1.5 times as fast as PIL, 2.5 times as the authors' path")
 
 
 def whole_images() -> Comparison:
     """Whole images, as the bank's are."""
-    views, source = _views()
-    sizes = [Image.open(io.BytesIO(view.content)).size for view in views]
-    whole = [View(view.content, (0, 0, *size)) for view, size in zip(views, sizes, strict=True)]
+    shown, source = views()
+    sizes = [Image.open(io.BytesIO(view.content)).size for view in shown]
+    whole = [View(view.content, (0, 0, *size)) for view, size in zip(shown, sizes, strict=True)]
     return _compare(whole, f"whole {source}", "")
 
 
@@ -156,7 +156,7 @@ def _seconds(ways: Mapping[str, Way], views: Sequence[View]) -> dict[str, float]
     return dict(zip(ways, best.sum(axis=1).tolist(), strict=True))
 
 
-def _views() -> tuple[list[View], str]:
+def views() -> tuple[list[View], str]:
     """Files with their background, and what they are."""
     if REAL.is_file():
         manifest = Coco(REAL).manifest()
@@ -164,14 +164,14 @@ def _views() -> tuple[list[View], str]:
         usable = shown.filter(status=str(Status.OK)).select("path", "xmin", "ymin", "xmax", "ymax")
         return [View(manifest.store.read(path), tuple(region)) for path, *region in usable.rows()], "images of COCO"
     rng = np.random.default_rng(0)
-    views: list[View] = []
-    while len(views) < DRAWN:
+    drawn: list[View] = []
+    while len(drawn) < DRAWN:
         corners = rng.integers(0, (WIDTH - 60, HEIGHT - 60), size=(3, 2))
         boxes = np.hstack([corners, np.minimum(corners + rng.integers(60, 260, size=(3, 2)), (WIDTH, HEIGHT))])
         region, status, _ = BACKGROUND.region(WIDTH, HEIGHT, boxes.tolist())
         if region is not None and status == Status.OK:
-            views.append(View(_drawn(rng), region))
-    return views, f"drawn images of {WIDTH} x {HEIGHT} pixels"
+            drawn.append(View(_drawn(rng), region))
+    return drawn, f"drawn images of {WIDTH} x {HEIGHT} pixels"
 
 
 def _drawn(rng: np.random.Generator) -> bytes:

@@ -94,18 +94,6 @@ def _place_of_slurm() -> Place:
     )
 
 
-def _first_host(nodes: str) -> str:
-    """The first host of a list in SLURM's short form.
-
-    >>> _first_host("gpu[07-09,12],login1"), _first_host("n1,n2")
-    ('gpu07', 'n1')
-    """
-    found = re.match(r"([^\[,]*)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", nodes)
-    if not found:
-        raise ConfigError(f"SLURM_STEP_NODELIST={nodes}: not a list of hosts.")
-    return "".join(part or "" for part in found.groups())
-
-
 @functools.cache
 def _store(found: Place) -> Any:  # noqa: ANN401 - a TCPStore, of which torch says nothing
     """The store where the ranks meet, one for all runs of this process.

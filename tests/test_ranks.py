@@ -267,8 +267,8 @@ SHARED = (
 """A run of many small shards in which every rank gets some."""
 
 
-def environment(folder: Path, **more: str) -> dict[str, str]:
-    return {"PYTHONPATH": HERE, "BATCHES": str(folder / "log"), **more}
+def run_shared(folder: Path, *more: str, pause: str = "0") -> Finished:
+    return measure(folder, *SHARED, *more, PYTHONPATH=HERE, BATCHES=str(folder / "log"), PAUSE=pause)
 
 
 def figures(run: Finished) -> dict[str, Any]:
@@ -286,14 +286,13 @@ def workers(folder: Path) -> Counter[str]:
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    folder = tmp_path_factory.mktemp("one")
-    return measure(folder, *SHARED, **environment(folder))
+    return run_shared(tmp_path_factory.mktemp("one"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
 def test_any_number_of_ranks_gives_the_same_figures(devices: int, one_rank: Finished, tmp_path: Path) -> None:
-    several = measure(tmp_path, *SHARED, f"trainer.devices={devices}", **environment(tmp_path, PAUSE="0.2"))
+    several = run_shared(tmp_path, f"trainer.devices={devices}", pause="0.2")
     assert figures(several) == figures(one_rank)
     assert several.scores().equals(one_rank.scores())
     assert len(workers(tmp_path)) > 1
@@ -305,14 +304,10 @@ def test_torchrun_gives_the_same_figures(one_rank: Finished, tmp_path: Path) -> 
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dejavu_exp"]
     # One thread a process is torchrun's default, and another number trains other weights of the crop classifier.
     threads = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    places = {"DEJAVU_CACHE": str(tmp_path / "cache"), "PYTHONPATH": HERE, "BATCHES": str(tmp_path / "log")}
     done = subprocess.run(
         [*run, f"hydra.run.dir={tmp_path}", *SHARED],
-        env={
-            **os.environ,
-            "DEJAVU_CACHE": str(tmp_path / "cache"),
-            "OMP_NUM_THREADS": threads,
-            **environment(tmp_path),
-        },
+        env={**os.environ, **places, "OMP_NUM_THREADS": threads},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -327,12 +322,11 @@ def test_torchrun_gives_the_same_figures(one_rank: Finished, tmp_path: Path) -> 
 def test_a_run_of_which_a_rank_is_killed_goes_on_to_the_same_figures(
     victim: str, one_rank: Finished, tmp_path: Path
 ) -> None:
-    settings = [*SHARED, "trainer.devices=2", f"hydra.run.dir={tmp_path}"]
-    slow = environment(tmp_path, PAUSE="0.2", DEJAVU_CACHE=str(tmp_path / "cache"))
+    places = {"DEJAVU_CACHE": str(tmp_path / "cache"), "PYTHONPATH": HERE, "BATCHES": str(tmp_path / "log")}
     first = subprocess.Popen(
-        [sys.executable, "-m", "dejavu_exp", *settings],
+        [sys.executable, "-m", "dejavu_exp", *SHARED, "trainer.devices=2", f"hydra.run.dir={tmp_path}"],
         cwd=tmp_path,
-        env={**os.environ, **slow},
+        env={**os.environ, **places, "PAUSE": "0.2"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -342,7 +336,7 @@ def test_a_run_of_which_a_rank_is_killed_goes_on_to_the_same_figures(
         time.sleep(0.01)
     os.kill(first.pid if victim == "rank 0" else int(helper.pop()), signal.SIGKILL)
     assert first.wait(timeout=200) == (-signal.SIGKILL if victim == "rank 0" else 0), "a dead helper ends nothing"
-    again = measure(tmp_path, *settings, cache=tmp_path / "cache", **environment(tmp_path))
+    again = run_shared(tmp_path, "trainer.devices=2")
     assert figures(again) == figures(one_rank)
     assert workers(tmp_path).total() <= workers(one_rank.folder).total() + 2, "at most the batch of each rank was lost"
     assert not list((tmp_path / "cache").rglob(".*.lease.*"))

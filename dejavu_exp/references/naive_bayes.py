@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from dejavu_exp import evidence, provenance, taggers
@@ -29,7 +30,10 @@ FOLDS = 5
 FLOOR = 1e-12
 BLOCK_CELLS = 500_000
 """Probabilities that are worked on at a time."""
+CALIBRATION_ROWS = 20_000
+"""Held-out rows that the temperature is fitted to, at most."""
 SAMPLE_ROWS = 8_000
+"""Of these, the rows that a first root is sought with."""
 NEWTON_STEPS = 20
 
 
@@ -39,7 +43,9 @@ class NaiveBayes(OneDirection):
 
     Source: arXiv 2504.05651, section 3. The corrected form is naive Bayes proper: class prior, P(tag | class) with
     additive smoothing, a posterior that sums to 1, and a temperature fitted by cross-validation so that its confidence
-    means something. A crop without known tags gets the prior. The released code multiplies P(class | tag) without prior
+    means something. Beyond 20,000 heldout crops the temperature is fitted to that many of them, drawn at random, while
+    all are counted: with one number to fit, more crops would change it by less than it varies between draws of the
+    heldout role itself (docs/benchmarks.md has the size of it). A crop without known tags gets the prior. The released code multiplies P(class | tag) without prior
     or normalisation, vetoes a class for a tag it lacks, and is surest of crops without known tags; `compat: authors`
     gives exactly that.
 
@@ -96,7 +102,7 @@ class NaiveBayes(OneDirection):
         return _without(result, lost)
 
     def _corrected(self, inputs: ReferenceInputs, known: pl.DataFrame, questions: pl.Series) -> Evidence:
-        probabilities, entropy = _posterior(
+        decided = _posterior(
             known["tags"].list.head(self.top_tags),
             known["label"],
             questions,
@@ -104,8 +110,10 @@ class NaiveBayes(OneDirection):
             self.smoothing,
             seed=inputs.seed if self.calibrate else None,
         )
-        ids = inputs.queries["id"].to_list()
-        return evidence.from_probabilities(ids, inputs.labels, probabilities, confidence=-entropy)
+        ids = tuple(inputs.queries["id"].to_list())
+        return Evidence(
+            ids, tuple(inputs.labels), decided.probabilities, decided.ranking, -decided.entropy, decided.tied
+        )
 
     def _authors(self, inputs: ReferenceInputs, known: pl.DataFrame, questions: list[list[str]]) -> Evidence:
         if self.frequencies is None:
@@ -124,7 +132,7 @@ def posterior(
     labels: Sequence[str],
     smoothing: float,
     seed: int | None,
-) -> FloatArray:
+) -> npt.NDArray[np.float32]:
     """P(label | tags) by multinomial naive Bayes over the presence of tags.
 
     Args:
@@ -133,10 +141,10 @@ def posterior(
         questions: tags of each crop to judge; tags never seen in training say nothing.
         labels: C labels, the columns; a label without lessons gets probability 0.
         smoothing: pseudo-count per tag and label.
-        seed: of the folds that fit the temperature; None: no temperature.
+        seed: of the folds, and of the rows, that fit the temperature; None: no temperature.
 
     Returns:
-        Shape (N, C), each row sums to 1.
+        Shape (N, C), each row sums to 1, within 1e-6 of the exact one.
 
     Raises:
         DataError: no lesson has a tag.
@@ -151,7 +159,7 @@ def posterior(
         labels,
         smoothing,
         seed,
-    )[0]
+    ).probabilities
 
 
 @dataclass(frozen=True)
@@ -185,9 +193,19 @@ class _Tags:
         return _Tags(np.repeat(np.arange(len(rows)), lengths), self.codes[places], len(rows))
 
     def counted(self, classes: IntArray, n_classes: int, n_tags: int) -> IntArray:
-        """How many rows of each class have each tag, shape (n_classes, n_tags)."""
-        cells = classes[self.rows] * n_tags + self.codes
-        return np.bincount(cells, minlength=n_classes * n_tags).reshape(n_classes, n_tags)
+        """How many rows of each class have each tag, shape (n_tags, n_classes)."""
+        cells = self.codes * n_classes + classes[self.rows]
+        return np.bincount(cells, minlength=n_tags * n_classes).reshape(n_tags, n_classes)
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """What `Evidence` holds of N rows, by the same names; entropy in nats."""
+
+    probabilities: npt.NDArray[np.float32]
+    ranking: IntArray
+    entropy: FloatArray
+    tied: BoolArray
 
 
 def _posterior(
@@ -197,8 +215,8 @@ def _posterior(
     labels: Sequence[str],
     smoothing: float,
     seed: int | None,
-) -> tuple[FloatArray, FloatArray]:
-    """See `posterior`; also the entropy of each row, nats."""
+) -> _Decided:
+    """See `posterior`."""
     vocabulary = pl.DataFrame({"tag": lessons.explode().drop_nulls().unique().sort()}).with_row_index("code")
     vocabulary = vocabulary.with_columns(pl.col("code").cast(pl.Int64))
     if not len(vocabulary):
@@ -213,21 +231,50 @@ def _posterior(
     folds = min(FOLDS, int(members.min()))
     temperature = None
     if seed is not None and folds >= 2 and len(members) >= 2:
-        temperature = _inverse_temperature(known, codes, counts, smoothing, _folds(codes, folds, seed))
+        temperature = _inverse_temperature(known, codes, counts, smoothing, _folds(codes, folds, seed), seed)
     elif seed is not None:
         log.warning("naive Bayes is not calibrated: a class has %d heldout crops, two are needed.", members.min())
     place = {label: column for column, label in enumerate(labels)}
-    asked = _Tags.of(questions, vocabulary)
-    probabilities, entropy = np.zeros((asked.count, len(labels))), np.empty(asked.count)
+    columns = np.array([place[label] for label in classes], dtype=np.int64)
+    return _decided(_Tags.of(questions, vocabulary), _weights(counts, members, smoothing), temperature, columns, labels)
+
+
+def _decided(
+    asked: _Tags, weights: npt.NDArray[np.float32], inverse: float | None, columns: IntArray, labels: Sequence[str]
+) -> _Decided:
+    """Posterior and decisions of the rows asked.
+
+    Args:
+        asked: their tags.
+        weights: see `_weights`.
+        inverse: temperature; None for none.
+        columns: shape (K,), the label of each class.
+        labels: C labels.
+    """
+    import torch
+
+    keep = min(evidence.TOP, len(labels))
+    probabilities = np.zeros((asked.count, len(labels)), dtype=np.float32)
+    ranking = np.full((asked.count, keep), -1, dtype=np.int64)
+    entropy, tied = np.empty(asked.count), np.zeros(asked.count, dtype=np.bool_)
     # Choosing columns is slow: not where all are meant.
-    columns = slice(None) if list(classes) == list(labels) else [place[label] for label in classes]
-    for rows, scores in _log_probabilities(asked, _weights(counts, members, smoothing)):
-        if temperature is not None:
-            scores = _floored(scores).mul_(temperature).log_softmax(dim=1)
-        found = scores.exp()
-        probabilities[rows, columns] = found.numpy()
-        entropy[rows] = -(found * scores).sum(dim=1).numpy()
-    return probabilities, np.abs(entropy)
+    chosen = slice(None) if np.array_equal(columns, np.arange(len(labels))) else columns
+    order = torch.from_numpy(columns)
+    for rows, joint in _joint(asked, weights):
+        scores = joint if inverse is None else _floored(joint)
+        scores.sub_(scores.amax(dim=1, keepdim=True))
+        if inverse is not None:
+            scores.mul_(inverse)
+        chance = scores.softmax(dim=1)
+        probabilities[rows, chosen] = chance.numpy()
+        entropy[rows] = -(chance.amax(dim=1).log() + (chance * scores).sum(dim=1)).numpy()
+        # How far a class is below the best, in bits that order as the numbers do, and its column: all keys differ, so
+        # that one partial sort ranks, with ties to the lowest column.
+        keys = torch.add(order, scores.abs_().view(torch.int32), alpha=1 << 32)
+        first = keys.topk(min(keep, len(columns)), dim=1, largest=False).values
+        ranking[rows, : first.shape[1]] = (first & 0xFFFFFFFF).numpy()
+        tied[rows] = (first[:, 1:2] >> 32 == 0).any(dim=1).numpy()
+    return _Decided(probabilities, ranking, np.maximum(entropy, 0), tied)
 
 
 def _folds(codes: IntArray, folds: int, seed: int) -> list[IntArray]:
@@ -239,19 +286,25 @@ def _folds(codes: IntArray, folds: int, seed: int) -> list[IntArray]:
     return [np.asarray(held_out, dtype=np.int64) for _, held_out in shuffled]
 
 
-def _weights(counts: IntArray, members: IntArray, smoothing: float) -> FloatArray:
-    """Log P(tag | class) of each tag, and log P(class) below, shape (T + 1, C)."""
+def _weights(counts: IntArray, members: IntArray, smoothing: float) -> npt.NDArray[np.float32]:
+    """Log P(tag | class) of each tag, and log P(class) below, shape (T + 1, C); each row less its largest.
+
+    What is the same for all classes changes no posterior, and without it single precision does: what is left is small
+    for classes that are at all likely.
+    """
     # Counts are small whole numbers: a table of logarithms does.
-    smooth = np.log(np.arange(counts.max() + 1) + smoothing)[counts.T]
-    total = np.log((counts + smoothing).sum(axis=1))
-    return np.vstack([smooth - total, np.log(members / members.sum())])
+    weights = np.log(np.arange(counts.max() + 1) + smoothing)[counts]
+    weights -= np.log(counts.sum(axis=0) + len(counts) * smoothing)
+    weights = np.vstack([weights, np.log(members / members.sum())])
+    weights -= weights.max(axis=1, keepdims=True)
+    return weights.astype(np.float32)
 
 
-def _log_probabilities(asked: _Tags, weights: FloatArray) -> Iterator[tuple[slice, Tensor]]:
-    """Log P(class | tags) by blocks of rows, shape (rows, C)."""
+def _joint(asked: _Tags, weights: npt.NDArray[np.float32]) -> Iterator[tuple[slice, Tensor]]:
+    """Log P(class, tags), up to a constant of each row, by blocks of rows, shape (rows, C)."""
     import torch
 
-    table = torch.from_numpy(np.ascontiguousarray(weights))
+    table = torch.from_numpy(weights)
     starts = np.searchsorted(asked.rows, np.arange(asked.count + 1))
     # Every row has one more tag, which stands for the prior.
     codes = torch.from_numpy(np.insert(asked.codes, starts[:-1], len(weights) - 1))
@@ -260,17 +313,19 @@ def _log_probabilities(asked: _Tags, weights: FloatArray) -> Iterator[tuple[slic
     for start in range(0, asked.count, block):
         rows = slice(start, min(start + block, asked.count))
         first, last = int(bounds[rows.start]), int(bounds[rows.stop])
-        joint = torch.nn.functional.embedding_bag(codes[first:last], table, bounds[rows] - first, mode="sum")
-        yield rows, joint.sub_(joint.logsumexp(dim=1, keepdim=True))
+        yield (
+            rows,
+            torch.nn.functional.embedding_bag(codes[first:last], table, bounds[rows] - first, mode="sum"),
+        )
 
 
-def _floored(scores: Tensor) -> Tensor:
-    """log(P + 1e-12): as scikit-learn has it, so that one hopeless row does not decide the temperature; in place."""
-    return scores.exp_().add_(FLOOR).log_()
+def _floored(joint: Tensor) -> Tensor:
+    """log(P + 1e-12): as scikit-learn has it, so that one hopeless row does not decide the temperature."""
+    return joint.softmax(dim=1).add_(FLOOR).log_()
 
 
 def _inverse_temperature(
-    known: _Tags, codes: IntArray, counts: IntArray, smoothing: float, folds: Sequence[IntArray]
+    known: _Tags, codes: IntArray, counts: IntArray, smoothing: float, folds: Sequence[IntArray], seed: int
 ) -> float:
     """What log probabilities are multiplied by so that those of held-out rows are likeliest, from e^-10 to e^10.
 
@@ -279,24 +334,28 @@ def _inverse_temperature(
     Args:
         known: tags of the N training rows.
         codes: shape (N,), their classes.
-        counts: rows of each class with each tag, shape (C, T).
+        counts: rows of each class with each tag, shape (T, C).
         smoothing: pseudo-count.
         folds: rows that are held out in turn.
+        seed: of the rows that are judged, where there are more than `CALIBRATION_ROWS`.
     """
     import torch
     from scipy.optimize import brentq
 
-    members = np.bincount(codes, minlength=len(counts))
-    scores = torch.empty((known.count, len(counts)), dtype=torch.float32)
+    members = np.bincount(codes, minlength=counts.shape[1])
+    judged = np.ones(known.count, dtype=np.bool_)
+    if known.count > CALIBRATION_ROWS:
+        judged[provenance.rng(seed, "calibration").permutation(known.count)[CALIBRATION_ROWS:]] = False
+    scores = torch.empty((int(judged.sum()), counts.shape[1]), dtype=torch.float32)
+    place, truth = torch.from_numpy(np.cumsum(judged) - 1), torch.from_numpy(codes[judged])
     for fold in folds:
-        part, held = known.take(fold), codes[fold]
-        learned = counts - part.counted(held, *counts.shape)
-        left = members - np.bincount(held, minlength=len(counts))
-        for rows, found in _log_probabilities(part, _weights(learned, left, smoothing)):
-            scores[fold[rows]] = _floored(found).to(scores.dtype)
-    truth = torch.from_numpy(codes)
-    # A sample of the rows finds nearly the answer, and a few steps with all of them the rest.
-    step = max(1, known.count // SAMPLE_ROWS)
+        learned = counts - known.take(fold).counted(codes[fold], len(members), len(counts))
+        left = members - np.bincount(codes[fold], minlength=len(members))
+        asked = fold[judged[fold]]
+        for rows, joint in _joint(known.take(asked), _weights(learned, left, smoothing)):
+            scores[place[asked[rows]]] = _floored(joint)
+    # A part of the rows finds nearly the answer, and a few steps with all of them the rest.
+    step = max(1, len(scores) // SAMPLE_ROWS)
     sample = scores[::step], truth[::step]
     low, high = np.exp(-10), np.exp(10)
     if _slope(high, *sample)[0] < 0:
