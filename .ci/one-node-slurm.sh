@@ -45,6 +45,11 @@ CONF
 is_alive() { [ -s "$run/$1.pid" ] && kill -0 "$(cat "$run/$1.pid")" 2>/dev/null; }
 
 start() {
+  if ! is_alive slurmctld && [ -s /etc/slurm/slurm.conf ] && ! grep -q '^ClusterName=onenode$' /etc/slurm/slurm.conf; then
+    echo "/etc/slurm/slurm.conf is another cluster's; it is left as it is, and its SLURM is used" >&2
+    sinfo
+    return
+  fi
   if ! command -v slurmctld >/dev/null || ! command -v munged >/dev/null; then
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge >/dev/null

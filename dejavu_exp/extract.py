@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -307,10 +308,16 @@ def _embed_free(
         sampler=batches,
         num_workers=workers if shards.missing_count() > 2 * workers * how.batch_size else 0,
         pin_memory=how.device == "cuda",
+        worker_init_fn=_step_back if how.device == "cpu" else None,
     )
     writer = ShardWriter(shards, pieces, bar)
     with quiet_trainer(how.device, writer, bfloat16=how.autocast, index=ranks.device_index()) as trainer:
         trainer.predict(EmbeddingModule(module), loader, return_predictions=False)
+
+
+def _step_back(_: int) -> None:
+    """Let a worker run where the network leaves cores free: a thread that waits for a core holds up all of them."""
+    os.nice(10)
 
 
 class ShardBatches(Sampler[list[int]]):

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import PIL
 import polars as pl
+import pyarrow as pa
 from PIL import Image, UnidentifiedImageError, features
 
 from dejavu_exp import jpeg, progress, provenance
@@ -133,7 +134,7 @@ class ViewImages:
     and regions are columns, not lists: a worker that counts references in a list copies all of it sooner or later.
     """
 
-    paths: pl.Series
+    paths: pa.Array
     regions: npt.NDArray[np.int32]
     store: ImageStore
     transform: Callable[[Pixels], Tensor]
@@ -161,13 +162,13 @@ class ViewImages:
         regions = views.select(pl.col("xmin", "ymin", "xmax", "ymax").cast(pl.Int32)).to_numpy()
         blank = transform(Image.new("RGB", (64, 64))) * 0
         on_pixels = transforms.on_pixels(transform, exact=decoder == "pillow")
-        return cls(views["path"], regions, store, on_pixels, blank, decoder)
+        return cls(views["path"].to_arrow(), regions, store, on_pixels, blank, decoder)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[int, Tensor, str]:
-        path = self.paths[row]
+        path = self.paths[row].as_py()
         xmin, ymin, xmax, ymax = self.regions[row].tolist()
         try:
             pixels = decode_view(self.store.read(path), (xmin, ymin, xmax, ymax), self.decoder)

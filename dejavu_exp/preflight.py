@@ -533,7 +533,7 @@ class _Rehearsal(TrainingInputs):
 
     def _ready(self, job: Job, until: int) -> Path | None:
         """The weights of an earlier run."""
-        folder = self.cache / "trained" / fit._key(job, self.settings, self.device)
+        folder = self.cache / "trained" / fit.key_of_job(job, self.settings, self.device)
         if job.validation.is_empty():
             weights = fit.folder_of(folder, until)
             return weights if weights.exists() else None

@@ -128,7 +128,7 @@ class ShardFolder:
             raise DataError(
                 f"{error} Finished shards are kept; trainer.cache can name another disk. Then run the command again."
             ) from error
-        log.info("wrote shard %s of %s", self.path(shard).name, self.key)
+        log.debug("wrote shard %s of %s", self.path(shard).name, self.key)
 
     def check(self) -> dict[str, str]:
         """Read every shard once; take away those whose content is not what was written.

@@ -30,6 +30,7 @@ CELLS = (
     f"reference={','.join(REFERENCES)}",
     "utility=none",
     "trainer.workers=0",
+    "hydra.verbose=dejavu_exp.shards",  # says which shards were written
 )
 
 

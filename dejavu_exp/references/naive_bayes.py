@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -28,8 +30,8 @@ log = logging.getLogger(__name__)
 Counts = Mapping[str, Mapping[str, float]]
 FOLDS = 5
 FLOOR = 1e-12
-BLOCK_CELLS = 500_000
-"""Probabilities that are worked on at a time."""
+BLOCK_CELLS = 100_000
+"""Probabilities that a thread works on at a time: they stay in the cache of its core."""
 CALIBRATION_ROWS = 20_000
 """Held-out rows that the temperature is fitted to, at most."""
 SAMPLE_ROWS = 8_000
@@ -44,8 +46,7 @@ class NaiveBayes(OneDirection):
     Source: arXiv 2504.05651, section 3. The corrected form is naive Bayes proper: class prior, P(tag | class) with
     additive smoothing, a posterior that sums to 1, and a temperature fitted by cross-validation so that its confidence
     means something. Beyond 20,000 heldout crops the temperature is fitted to that many of them, drawn at random, while
-    all are counted: with one number to fit, more crops would change it by less than it varies between draws of the
-    heldout role itself (docs/benchmarks.md has the size of it). A crop without known tags gets the prior. The released code multiplies P(class | tag) without prior
+    all are counted. A crop without known tags gets the prior. The released code multiplies P(class | tag) without prior
     or normalisation, vetoes a class for a tag it lacks, and is surest of crops without known tags; `compat: authors`
     gives exactly that.
 
@@ -102,17 +103,14 @@ class NaiveBayes(OneDirection):
         return _without(result, lost)
 
     def _corrected(self, inputs: ReferenceInputs, known: pl.DataFrame, questions: pl.Series) -> Evidence:
-        decided = _posterior(
+        return judge(
+            inputs.queries["id"].to_list(),
             known["tags"].list.head(self.top_tags),
             known["label"],
             questions,
             inputs.labels,
             self.smoothing,
             seed=inputs.seed if self.calibrate else None,
-        )
-        ids = tuple(inputs.queries["id"].to_list())
-        return Evidence(
-            ids, tuple(inputs.labels), decided.probabilities, decided.ranking, -decided.entropy, decided.tied
         )
 
     def _authors(self, inputs: ReferenceInputs, known: pl.DataFrame, questions: list[list[str]]) -> Evidence:
@@ -149,7 +147,8 @@ def posterior(
     Raises:
         DataError: no lesson has a tag.
 
-    >>> posterior([["sea"], ["tree"]], ["boat", "fox"], [["sea"]], ["boat", "fox"], 1.0, None).round(3).tolist()
+    >>> found = posterior([["sea"], ["tree"]], ["boat", "fox"], [["sea"]], ["boat", "fox"], 1.0, None)
+    >>> found.astype(float).round(3).tolist()
     [[0.667, 0.333]]
     """
     return _posterior(
@@ -160,6 +159,20 @@ def posterior(
         smoothing,
         seed,
     ).probabilities
+
+
+def judge(
+    ids: Sequence[str],
+    lessons: pl.Series,
+    truth: pl.Series,
+    questions: pl.Series,
+    labels: Sequence[str],
+    smoothing: float,
+    seed: int | None,
+) -> Evidence:
+    """The evidence of `posterior`, ties to the lowest column; `ids` are of the questions, the rest as there."""
+    found = _posterior(lessons, truth, questions, labels, smoothing, seed)
+    return Evidence(tuple(ids), tuple(labels), found.probabilities, found.ranking, -found.entropy, found.tied)
 
 
 @dataclass(frozen=True)
@@ -229,39 +242,56 @@ def _posterior(
     members = np.bincount(codes)
     counts = known.counted(codes, len(members), len(vocabulary))
     folds = min(FOLDS, int(members.min()))
-    temperature = None
-    if seed is not None and folds >= 2 and len(members) >= 2:
-        temperature = _inverse_temperature(known, codes, counts, smoothing, _folds(codes, folds, seed), seed)
-    elif seed is not None:
-        log.warning("naive Bayes is not calibrated: a class has %d heldout crops, two are needed.", members.min())
     place = {label: column for column, label in enumerate(labels)}
     columns = np.array([place[label] for label in classes], dtype=np.int64)
-    return _decided(_Tags.of(questions, vocabulary), _weights(counts, members, smoothing), temperature, columns, labels)
+    temperature = None
+    with _pool() as pool:
+        if seed is not None and folds >= 2 and len(members) >= 2:
+            parts = _folds(codes, folds, seed)
+            temperature = _inverse_temperature(known, codes, counts, smoothing, parts, seed, pool)
+        elif seed is not None:
+            log.warning("naive Bayes is not calibrated: a class has %d heldout crops, two are needed.", members.min())
+        joint = _Joint.of(_Tags.of(questions, vocabulary), _weights(counts, members, smoothing))
+        return _decided(joint, temperature, columns, len(labels), pool)
 
 
-def _decided(
-    asked: _Tags, weights: npt.NDArray[np.float32], inverse: float | None, columns: IntArray, labels: Sequence[str]
-) -> _Decided:
-    """Posterior and decisions of the rows asked.
+@contextmanager
+def _pool() -> Iterator[Executor]:
+    """Threads that take a block of rows each, in which Torch uses no others: those would wait for each other."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # Torch keeps the number for each thread.
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _decided(joint: _Joint, inverse: float | None, columns: IntArray, n_labels: int, pool: Executor) -> _Decided:
+    """Posterior and decisions.
 
     Args:
-        asked: their tags.
-        weights: see `_weights`.
+        joint: of the N rows asked.
         inverse: temperature; None for none.
         columns: shape (K,), the label of each class.
-        labels: C labels.
+        n_labels: C.
+        pool: see `_pool`.
     """
     import torch
 
-    keep = min(evidence.TOP, len(labels))
-    probabilities = np.zeros((asked.count, len(labels)), dtype=np.float32)
-    ranking = np.full((asked.count, keep), -1, dtype=np.int64)
-    entropy, tied = np.empty(asked.count), np.zeros(asked.count, dtype=np.bool_)
+    count, keep = joint.count, min(evidence.TOP, n_labels)
+    probabilities = np.zeros((count, n_labels), dtype=np.float32)
+    ranking = np.full((count, keep), -1, dtype=np.int64)
+    entropy, tied = np.empty(count), np.zeros(count, dtype=np.bool_)
     # Choosing columns is slow: not where all are meant.
-    chosen = slice(None) if np.array_equal(columns, np.arange(len(labels))) else columns
+    chosen = slice(None) if np.array_equal(columns, np.arange(n_labels)) else columns
     order = torch.from_numpy(columns)
-    for rows, joint in _joint(asked, weights):
-        scores = joint if inverse is None else _floored(joint)
+
+    def decide(rows: slice) -> None:
+        scores = joint.scores(rows) if inverse is None else _floored(joint.scores(rows))
         scores.sub_(scores.amax(dim=1, keepdim=True))
         if inverse is not None:
             scores.mul_(inverse)
@@ -274,6 +304,8 @@ def _decided(
         first = keys.topk(min(keep, len(columns)), dim=1, largest=False).values
         ranking[rows, : first.shape[1]] = (first & 0xFFFFFFFF).numpy()
         tied[rows] = (first[:, 1:2] >> 32 == 0).any(dim=1).numpy()
+
+    list(pool.map(decide, _blocks(count, len(columns))))
     return _Decided(probabilities, ranking, np.maximum(entropy, 0), tied)
 
 
@@ -300,23 +332,47 @@ def _weights(counts: IntArray, members: IntArray, smoothing: float) -> npt.NDArr
     return weights.astype(np.float32)
 
 
-def _joint(asked: _Tags, weights: npt.NDArray[np.float32]) -> Iterator[tuple[slice, Tensor]]:
-    """Log P(class, tags), up to a constant of each row, by blocks of rows, shape (rows, C)."""
-    import torch
+@dataclass(frozen=True)
+class _Joint:
+    """Log P(class, tags) of N rows, up to a constant of each row: a sum of weights.
 
-    table = torch.from_numpy(weights)
-    starts = np.searchsorted(asked.rows, np.arange(asked.count + 1))
-    # Every row has one more tag, which stands for the prior.
-    codes = torch.from_numpy(np.insert(asked.codes, starts[:-1], len(weights) - 1))
-    bounds = torch.from_numpy(starts + np.arange(asked.count + 1))
-    block = max(1, BLOCK_CELLS // weights.shape[1])
-    for start in range(0, asked.count, block):
-        rows = slice(start, min(start + block, asked.count))
-        first, last = int(bounds[rows.start]), int(bounds[rows.stop])
-        yield (
-            rows,
-            torch.nn.functional.embedding_bag(codes[first:last], table, bounds[rows] - first, mode="sum"),
-        )
+    Attributes:
+        table: shape (T + 1, C), see `_weights`.
+        codes: the tags of the rows side by side; every row has one more, which stands for the prior.
+        bounds: shape (N + 1,), where each row begins.
+    """
+
+    table: Tensor
+    codes: Tensor
+    bounds: Tensor
+
+    @classmethod
+    def of(cls, asked: _Tags, weights: npt.NDArray[np.float32]) -> _Joint:
+        """Of the rows with these tags."""
+        import torch
+
+        starts = np.searchsorted(asked.rows, np.arange(asked.count + 1))
+        codes = np.insert(asked.codes, starts[:-1], len(weights) - 1)
+        bounds = starts + np.arange(asked.count + 1)
+        return cls(torch.from_numpy(weights), torch.from_numpy(codes), torch.from_numpy(bounds))
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return len(self.bounds) - 1
+
+    def scores(self, rows: slice) -> Tensor:
+        """Of some rows, shape (rows, C)."""
+        from torch.nn.functional import embedding_bag
+
+        first, last = int(self.bounds[rows.start]), int(self.bounds[rows.stop])
+        return embedding_bag(self.codes[first:last], self.table, self.bounds[rows] - first, mode="sum")
+
+
+def _blocks(count: int, width: int) -> list[slice]:
+    """All rows, cut into blocks of `BLOCK_CELLS`."""
+    block = max(1, BLOCK_CELLS // width)
+    return [slice(start, min(start + block, count)) for start in range(0, count, block)]
 
 
 def _floored(joint: Tensor) -> Tensor:
@@ -325,7 +381,13 @@ def _floored(joint: Tensor) -> Tensor:
 
 
 def _inverse_temperature(
-    known: _Tags, codes: IntArray, counts: IntArray, smoothing: float, folds: Sequence[IntArray], seed: int
+    known: _Tags,
+    codes: IntArray,
+    counts: IntArray,
+    smoothing: float,
+    folds: Sequence[IntArray],
+    seed: int,
+    pool: Executor,
 ) -> float:
     """What log probabilities are multiplied by so that those of held-out rows are likeliest, from e^-10 to e^10.
 
@@ -338,6 +400,7 @@ def _inverse_temperature(
         smoothing: pseudo-count.
         folds: rows that are held out in turn.
         seed: of the rows that are judged, where there are more than `CALIBRATION_ROWS`.
+        pool: see `_pool`.
     """
     import torch
     from scipy.optimize import brentq
@@ -346,42 +409,46 @@ def _inverse_temperature(
     judged = np.ones(known.count, dtype=np.bool_)
     if known.count > CALIBRATION_ROWS:
         judged[provenance.rng(seed, "calibration").permutation(known.count)[CALIBRATION_ROWS:]] = False
-    scores = torch.empty((int(judged.sum()), counts.shape[1]), dtype=torch.float32)
-    place, truth = torch.from_numpy(np.cumsum(judged) - 1), torch.from_numpy(codes[judged])
+    found = []
     for fold in folds:
         learned = counts - known.take(fold).counted(codes[fold], len(members), len(counts))
         left = members - np.bincount(codes[fold], minlength=len(members))
-        asked = fold[judged[fold]]
-        for rows, joint in _joint(known.take(asked), _weights(learned, left, smoothing)):
-            scores[place[asked[rows]]] = _floored(joint)
+        joint = _Joint.of(known.take(fold[judged[fold]]), _weights(learned, left, smoothing))
+        blocks = _blocks(joint.count, len(members))
+        found += list(pool.map(lambda rows, joint=joint: _floored(joint.scores(rows)), blocks))
+    scores = torch.cat(found)
+    truth = torch.from_numpy(np.concatenate([codes[fold[judged[fold]]] for fold in folds]))
     # A part of the rows finds nearly the answer, and a few steps with all of them the rest.
     step = max(1, len(scores) // SAMPLE_ROWS)
     sample = scores[::step], truth[::step]
     low, high = np.exp(-10), np.exp(10)
-    if _slope(high, *sample)[0] < 0:
+    if _slope(high, *sample, pool)[0] < 0:
         return float(high)
-    root = brentq(lambda log_inverse: _slope(np.exp(log_inverse), *sample)[0], np.log(low), np.log(high), xtol=1e-9)
+    root = brentq(
+        lambda log_inverse: _slope(np.exp(log_inverse), *sample, pool)[0], np.log(low), np.log(high), xtol=1e-9
+    )
     inverse = float(np.exp(root))
     for _ in range(NEWTON_STEPS if step > 1 else 0):
-        slope, curvature = _slope(inverse, scores, truth)
+        slope, curvature = _slope(inverse, scores, truth, pool)
         previous, inverse = inverse, float(np.clip(inverse - slope / curvature, low, high))
         if abs(inverse - previous) < 1e-8 * previous:
             break
     return inverse
 
 
-def _slope(inverse: float, scores: Tensor, truth: Tensor) -> tuple[float, float]:
+def _slope(inverse: float, scores: Tensor, truth: Tensor, pool: Executor) -> tuple[float, float]:
     """First and second derivative of minus the log likelihood by the inverse temperature."""
-    slope, curvature = 0.0, 0.0
-    block = max(1, BLOCK_CELLS // scores.shape[1])
-    for start in range(0, len(scores), block):
-        part, right = scores[start : start + block], truth[start : start + block]
+
+    def of_block(rows: slice) -> tuple[float, float]:
+        part = scores[rows]
         chance = (part * inverse).softmax(dim=1)
         expected = chance.mul_(part).sum(dim=1)
         squared = chance.mul_(part).sum(dim=1)
-        slope += float((expected - part.gather(1, right[:, None])[:, 0]).double().sum())
-        curvature += float((squared - expected.square()).double().sum())
-    return slope, curvature
+        right = part.gather(1, truth[rows, None])[:, 0]
+        return float((expected - right).double().sum()), float((squared - expected.square()).double().sum())
+
+    slopes, curvatures = zip(*pool.map(of_block, _blocks(*scores.shape)), strict=True)
+    return sum(slopes), sum(curvatures)
 
 
 def count_tags(

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import pyarrow as pa
 
 from dejavu_exp import metrics, provenance, statistics, tables
 from dejavu_exp.errors import ConfigError
@@ -29,6 +30,8 @@ OPTIMISTIC_WARNING = (
     "other, so only luck that both halves share, such as one neighbour that carries several objects, is left in it; "
     "the same figure on unseen rows shows how much."
 )
+BLOCK_CELLS = 4_000_000
+"""Rows times labels that are looked at at a time."""
 FACTORS = tuple(np.uint64(factor) for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 """Of the splitmix64 finaliser."""
 
@@ -41,13 +44,15 @@ class _Truth:
 
     Attributes:
         rows: shape (P,), the row of each.
-        objects: P names, sorted within each row.
+        names: O names, sorted.
+        codes: shape (P,), the place of each in `names`; ascending within a row.
         starts: shape (N,).
         counts: shape (N,), objects of each row.
     """
 
     rows: IntArray
-    objects: pl.Series
+    names: pl.Series
+    codes: IntArray
     starts: IntArray
     counts: IntArray
 
@@ -65,6 +70,40 @@ class _Answer:
     share: FloatArray
     found: Mapping[str, BoolArray]
     n_predicted: Mapping[str, IntArray]
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The true objects of scored rows as numbers, and who finds them.
+
+    Attributes:
+        names: O names, sorted.
+        rows: shape (P,), the row of each true object.
+        codes: shape (P,), its place in `names`; ascending within a row.
+        counts: shape (N,), objects of each row.
+        found: by predictor, shape (P,), True where it predicts the object.
+    """
+
+    names: pl.Series
+    rows: IntArray
+    codes: IntArray
+    counts: IntArray
+    found: Mapping[str, BoolArray]
+
+    @classmethod
+    def of(cls, used: pl.DataFrame) -> _Held:
+        """From columns of `tables.OBJECT_SCORES`, rows with at least one object each."""
+        truth = _flat(used["objects"])
+        kind, width, found = pl.Enum(truth.names), len(truth.names), {}
+        # Row and object as one number, ascending as both are sorted.
+        keys = truth.rows * width + truth.codes
+        for who in WHO:
+            lists = used[f"{who}_found"]
+            rows = np.repeat(np.arange(len(used)), lists.list.len().to_numpy())
+            codes = lists.rename("object").explode().drop_nulls().cast(kind).to_physical().to_numpy()
+            found[who] = np.zeros(len(keys), dtype=np.bool_)
+            found[who][np.searchsorted(keys, rows * width + codes)] = True
+        return cls(truth.names, truth.rows, truth.codes, truth.counts, found)
 
 
 @dataclass(frozen=True)
@@ -179,12 +218,15 @@ class ObjectInference:
         used = ok.filter(pl.col("why").is_null()).select("id", "objects")
         if len(used) < len(ok):
             both = [evidence.take(used["id"].to_list()) for evidence in both]
-        columns = self._columns(used, *both)
+        found = used.select("objects").hstack(self._columns(used, *both))
+        was_ok = (rows["status"] == Status.OK).fill_null(False).to_numpy()
+        excluded = _spread(ok.select("why"), was_ok)
+        is_used = was_ok & excluded["why"].is_null().to_numpy()
         joined = (
             rows.select("id", "role", "label", "status", reference=pl.lit(name))
-            .join(ok.select("id", "why"), on="id", how="left", validate="1:1", maintain_order="left")
+            .hstack(excluded)
             .with_columns(status=pl.coalesce("why", "status"))
-            .join(used.hstack(columns), on="id", how="left", validate="1:1", maintain_order="left")
+            .hstack(_spread(found, is_used))
         )
         return joined.select(pl.col(column).cast(dtype) for column, dtype in tables.OBJECT_SCORES.items())
 
@@ -231,17 +273,14 @@ class ObjectInference:
 
     def _found(self, truth: _Truth, answers: Mapping[str, _Answer]) -> list[pl.Series]:
         """Lists of the true objects that each predicts."""
-        flat = pl.DataFrame(
-            {
-                "row": truth.rows,
-                "object": truth.objects,
-                **{who: pl.Series(answers[who].found[self.headline], dtype=pl.Boolean) for who in WHO},
-            }
-        )
-        lists = flat.group_by("row", maintain_order=True).agg(
-            pl.col("object").filter(pl.col(who)).alias(f"{who}_found") for who in WHO
-        )
-        return [lists[f"{who}_found"] for who in WHO]
+        result = []
+        for who in WHO:
+            found = answers[who].found[self.headline]
+            ends = np.cumsum(np.bincount(truth.rows, found, minlength=len(truth.counts)).astype(np.int64))
+            names = truth.names.gather(truth.codes[found]).to_arrow()
+            lists = pa.LargeListArray.from_arrays(np.concatenate([[0], ends]), names)
+            result.append(pl.Series(f"{who}_found", lists, dtype=pl.List(pl.String)))
+        return result
 
     def figures(self, scores: pl.DataFrame, images: pl.DataFrame, seed: int) -> dict[str, Any]:
         """All figures of one reference.
@@ -256,12 +295,13 @@ class ObjectInference:
             the gaps corrected by unseen rows; with heldout rows, whose target is the reference's encoder, the gaps
             averaged over both directions; per object; planted truth.
         """
-        used, draws = {}, {}
+        used, held, draws = {}, {}, {}
         for role in (Role.TARGET, Role.UNSEEN, Role.HELDOUT):
             of_role = scores.filter(pl.col("role") == role)
             if len(of_role):
                 used[role] = of_role.filter(pl.col("status") == Status.OK).sort("id")
-                draws[role] = self._draws(used[role], len(of_role), seed, role)
+                held[role] = _Held.of(used[role])
+                draws[role] = self._draws(used[role], held[role], len(of_role), seed, role)
         result: dict[str, Any] = {"roles": {str(role): self._role_figures(draws[role], used[role]) for role in draws}}
         if Role.UNSEEN in draws and len(used[Role.UNSEEN]):
             corrected = {name: draws[Role.TARGET][name] - draws[Role.UNSEEN][name] for name in self._gap_names()}
@@ -270,7 +310,7 @@ class ObjectInference:
             first, second = draws[Role.TARGET], draws[Role.HELDOUT]
             both = {name: common.mean_of(first[name], second[name]) for name in self._gap_names()}
             result["both_directions"] = {name: self._gaps(both, name) for name in self.predictions}
-        result["per_object"] = self._per_object(used.get(Role.TARGET, scores.clear()), seed)
+        result["per_object"] = self._per_object(held[Role.TARGET], seed) if Role.TARGET in held else []
         result["per_class"] = []
         if "planted_repeats" in images.columns:
             planted = images.select("id", *[c for c in ("background", "planted_repeats") if c in images.columns])
@@ -279,11 +319,11 @@ class ObjectInference:
             result["planted"] = common.planted(joined, means, self.level, self.resamples, seed)
         return result
 
-    def _draws(self, used: pl.DataFrame, n_rows: int, seed: int, role: str) -> RoleDraws:
+    def _draws(self, used: pl.DataFrame, held: _Held, n_rows: int, seed: int, role: str) -> RoleDraws:
         """Bootstrap of one role, each figure by its name. All see the same resamples, whatever the reference."""
         columns = self._mean_columns(used)
         means = np.stack(list(columns.values()), axis=1)
-        selections = self._selections(used, seed)
+        selections = self._selections(used, held, seed)
         parts: list[Callable[[FloatArray], FloatArray]] = [
             _Means.of(means),
             *(self._selected(chosen) for _, chosen in selections),
@@ -325,9 +365,9 @@ class ObjectInference:
             columns[f"quadrants/{name}"] = (used["quadrant"] == name).cast(pl.Float64).to_numpy()
         return columns | {"memorization_score": _numbers(used, "memorization_score")}
 
-    def _selections(self, used: pl.DataFrame, seed: int) -> list[tuple[str, _Selection]]:
+    def _selections(self, used: pl.DataFrame, held: _Held, seed: int) -> list[tuple[str, _Selection]]:
         """The rankings; one whose quantity no row has is left out."""
-        correct = {who: used[f"{who}_found"].list.len().cast(pl.Float64).to_numpy() for who in WHO}
+        correct = {who: np.bincount(held.rows, held.found[who], minlength=len(used)) for who in WHO}
         measured = [
             tuple(_numbers(used, f"{who}_{measure}_{self.headline}") for measure in ("precision", "recall", "f"))
             for who in WHO
@@ -343,7 +383,7 @@ class ObjectInference:
             rows = np.isfinite(ranking)
             if rows.any() or not len(used):
                 found.append((name, _Selection(self._ordered(ranking[rows]), values[rows], rows)))
-        return [*found, *(("split_half", half) for half in self._halves(used, seed))]
+        return [*found, *(("split_half", half) for half in self._halves(used, held, seed))]
 
     def _ordered(self, ranking: FloatArray) -> FloatArray:
         """Under `compat: authors` ranks instead of values: without ties, the order of rows decides."""
@@ -385,15 +425,16 @@ class ObjectInference:
             for measure in SELECTED:
                 yield f"{ranking}/{metrics.percent_key(fraction)}/{measure}"
 
-    def _halves(self, used: pl.DataFrame, seed: int) -> list[_Selection]:
+    def _halves(self, used: pl.DataFrame, held: _Held, seed: int) -> list[_Selection]:
         """Rank by the gap in one half of each row's objects, measure on the other half, and the other way round.
 
         The objects of a row are dealt by a hash of seed, id and object. Those of the ranking half are taken out of both
         the true and the predicted set. A row with a single object has no halves and is left out.
         """
-        rows = used["objects"].list.len().to_numpy() >= 2
-        part = used.filter(pl.Series(rows))
-        total, correct = _dealt(part, seed)
+        rows = held.counts >= 2
+        part = used.filter(pl.Series(rows, dtype=pl.Boolean))
+        total, correct = _dealt(held, used["id"], seed)
+        total, correct = total[rows], {who: found[rows] for who, found in correct.items()}
         found = []
         for ranked, measured in ((0, 1), (1, 0)):
             scores = []
@@ -449,13 +490,13 @@ class ObjectInference:
         n_top = max(1, int(fraction * n_rows + slack)) if n_rows else 0
         return {"n": n_top, **{name: self._told(one) for name, one in found.items()}, "optimistic": optimistic}
 
-    def _per_object(self, used: pl.DataFrame, seed: int) -> list[dict[str, Any]]:
+    def _per_object(self, held: _Held, seed: int) -> list[dict[str, Any]]:
         """Recall of each object among the target rows that hold it, by both, and the gap; most gained first.
 
         The weights of a resample of the rows that hold an object count only by who found it: their sums are one
         multinomial number.
         """
-        table = _by_object(used)
+        table = _by_object(held)
         counts = table.select(common.CELLS).to_numpy()
         rng = provenance.rng(seed, "bootstrap/object")
         estimates = common.by_cells(counts, np.zeros(len(table), dtype=np.int64), self.level, self.resamples, rng)
@@ -476,30 +517,53 @@ class ObjectInference:
         return common.verdict(gaps, corrected, said, self.level, random=random)
 
 
+def _spread(frame: pl.DataFrame, chosen: BoolArray) -> pl.DataFrame:
+    """The rows of the frame, in order, where `chosen` is True, and null elsewhere."""
+    if chosen.all():
+        return frame
+    place = pl.Series(np.cumsum(chosen) - 1)
+    return frame.select(pl.all().gather(place.set(pl.Series(~chosen), None)))
+
+
 def _flat(objects: pl.Series) -> _Truth:
     """Lists of at least one object each, side by side."""
     counts = objects.list.len().cast(pl.Int64).to_numpy()
     flat = objects.rename("object").explode() if len(objects) else pl.Series("object", [], dtype=pl.String)
-    return _Truth(np.repeat(np.arange(len(counts)), counts), flat, np.cumsum(counts) - counts, counts)
+    names = flat.unique().sort()
+    codes = flat.cast(pl.Enum(names)).to_physical().cast(pl.Int64).to_numpy()
+    return _Truth(np.repeat(np.arange(len(counts)), counts), names, codes, np.cumsum(counts) - counts, counts)
 
 
 def _answer(truth: _Truth, evidence: Evidence) -> _Answer:
     """What the evidence says of the true objects."""
-    codes = pl.DataFrame(
-        {"object": evidence.labels, "code": range(len(evidence.labels))}, {"object": pl.String, "code": pl.Int64}
-    )
-    joined = truth.objects.to_frame("object").join(codes, on="object", how="left", maintain_order="left")
-    code = joined["code"].fill_null(-1).to_numpy()
+    place = {label: column for column, label in enumerate(evidence.labels)}
+    code = np.array([place.get(name, -1) for name in truth.names], dtype=np.int64)[truth.codes]
     known = code >= 0
     share = np.zeros(len(code))
     share[known] = evidence.probabilities[truth.rows[known], code[known]]
-    places = [known & (column[truth.rows] == code) for column in evidence.ranking.T]
-    nowhere = np.zeros(len(code), dtype=np.bool_)
-    found = {"all": share > 0, "top10": np.any(places, axis=0) if places else nowhere, "top1": [*places, nowhere][0]}
+    first = np.hstack([evidence.ranking[:, :1], np.full((len(evidence.ids), 1), -1)])[:, 0]
+    top1 = known & (first[truth.rows] == code)
+    found = {"all": share > 0, "top10": _is_ranked(evidence, truth, code), "top1": top1}
     ranked = evidence.ranking >= 0
     n_predicted = {"all": (evidence.probabilities > 0).sum(axis=1)}
     n_predicted |= {"top10": ranked.sum(axis=1), "top1": ranked[:, :1].sum(axis=1)}
     return _Answer(share, found, n_predicted)
+
+
+def _is_ranked(evidence: Evidence, truth: _Truth, code: IntArray) -> BoolArray:
+    """True where a true object is in the ranking of its row, shape (P,); `code` is its column, -1 for none."""
+    found = np.empty(len(code), dtype=np.bool_)
+    # One more column for what is missing; which is never said to be ranked.
+    width, ends = len(evidence.labels) + 1, np.append(truth.starts, len(code))
+    block = max(1, BLOCK_CELLS // width)
+    for start in range(0, len(truth.counts), block):
+        rows = evidence.ranking[start : start + block]
+        ranked = np.zeros((len(rows), width), dtype=np.bool_)
+        ranked[np.arange(len(rows))[:, None], rows] = True
+        ranked[:, -1] = False
+        part = slice(ends[start], ends[start + len(rows)])
+        found[part] = ranked[truth.rows[part] - start, code[part]]
+    return found
 
 
 def _quadrant(target: FloatArray, reference: FloatArray) -> IntArray:
@@ -542,26 +606,19 @@ class _Means:
         return np.asarray(sums[:, :width] / np.where(total > 0, total, np.nan))
 
 
-def _dealt(used: pl.DataFrame, seed: int) -> tuple[IntArray, dict[str, IntArray]]:
+def _dealt(held: _Held, ids: pl.Series, seed: int) -> tuple[IntArray, dict[str, IntArray]]:
     """Objects of each row in either half, shape (N, 2), and by predictor those found."""
-    truth = _flat(used["objects"])
-    names = truth.objects.unique().sort()
-    code = names.search_sorted(truth.objects).to_numpy().astype(np.int64)
-    by_row, by_object = (
-        np.array([provenance.hash_order(seed, "halves", str(name)) for name in values], dtype=np.uint64)
-        for values in (used["id"], names)
-    )
-    order = np.lexsort((_mixed(by_row[truth.rows] ^ by_object[code]), truth.rows))
+    by_row, by_object = (provenance.hash_orders(seed, "halves", names.to_list()) for names in (ids, held.names))
+    order = _mixed(by_row[held.rows] ^ by_object[held.codes])
     half = np.empty(len(order), dtype=np.int64)
-    half[order] = (np.arange(len(order)) - truth.starts[truth.rows]) % 2
-    cell, width = 2 * truth.rows + half, 2 * len(used)
-    found = {}
-    for who in WHO:
-        lists = used[f"{who}_found"]
-        rows = np.repeat(np.arange(len(used)), lists.list.len().to_numpy())
-        flat = names.search_sorted(lists.explode().drop_nulls()).to_numpy().astype(np.int64)
-        held = np.isin(code + len(names) * truth.rows, flat + len(names) * rows)
-        found[who] = np.bincount(cell[held], minlength=width).reshape(-1, 2)
+    starts = np.cumsum(held.counts) - held.counts
+    # Rows with as many objects are a matrix, whose rows sort much faster than one long array would.
+    for count in np.unique(held.counts):
+        places = starts[held.counts == count][:, None] + np.arange(count)
+        sorted_places = np.take_along_axis(places, order[places].argsort(axis=1, kind="stable"), axis=1)
+        half[sorted_places] = np.arange(count) % 2
+    cell, width = 2 * held.rows + half, 2 * len(held.counts)
+    found = {who: np.bincount(cell[held.found[who]], minlength=width).reshape(-1, 2) for who in WHO}
     return np.bincount(cell, minlength=width).reshape(-1, 2), found
 
 
@@ -572,21 +629,17 @@ def _mixed(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return np.asarray(values ^ (values >> np.uint64(31)))
 
 
-def _by_object(used: pl.DataFrame) -> pl.DataFrame:
+def _by_object(held: _Held) -> pl.DataFrame:
     """Rows that hold each object, and how many of them each finds it in: both, only one, neither."""
-    both = pl.col("target_found").list.set_intersection("reference_found")
-    lists = {"rows": pl.col("objects"), "target": pl.col("target_found"), "reference": pl.col("reference_found")}
-    table = pl.DataFrame(schema={"object": pl.String})
-    for name, objects in (lists | {"both": both}).items():
-        flat = used.select(object=objects).explode("object").drop_nulls()
-        counted = flat.group_by("object").agg(pl.len().cast(pl.Int64).alias(name))
-        table = counted if name == "rows" else table.join(counted, on="object", how="left", validate="1:1")
-    table = table.fill_null(0).sort("object")
-    return table.with_columns(
-        target=pl.col("target") - pl.col("both"),
-        reference=pl.col("reference") - pl.col("both"),
-        neither=pl.col("rows") - pl.col("target") - pl.col("reference") + pl.col("both"),
-    )
+    target, reference = held.found["target"], held.found["reference"]
+    cells = {
+        "both": target & reference,
+        "target": target & ~reference,
+        "reference": reference & ~target,
+        "neither": ~(target | reference),
+    }
+    counts = {name: np.bincount(held.codes[chosen], minlength=len(held.names)) for name, chosen in cells.items()}
+    return pl.DataFrame({"object": held.names, **counts}).with_columns(rows=pl.sum_horizontal(*cells))
 
 
 def _authors(used: pl.DataFrame, prediction: str) -> dict[str, float | None]:

@@ -407,7 +407,7 @@ def trained(
         cache: folder of all trained weights.
         epoch: whose end is asked for; null for the last. A job with validation views has its best one only.
     """
-    key = _key(job, settings, device)
+    key = key_of_job(job, settings, device)
     folder = cache / "trained" / key
     folder.mkdir(parents=True, exist_ok=True)
     until = epoch or job.recipe.epochs
@@ -434,7 +434,8 @@ def _facts(job: Job) -> dict[str, Any]:
     }
 
 
-def _key(job: Job, settings: TrainingSettings, device: str) -> str:
+def key_of_job(job: Job, settings: TrainingSettings, device: str) -> str:
+    """The cache key of a job's weights: a hash of all that decides them."""
     facts = {name: value for name, value in _facts(job).items() if name != "title"}
     # A path says nothing of what lies there.
     start = Path(job.network.weights).expanduser()
