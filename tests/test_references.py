@@ -142,6 +142,37 @@ def test_the_posterior_is_that_of_scikit_learn(sample_rows: int, monkeypatch: py
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-12)
 
 
+def drawn_crops(count: int, seed: int) -> tuple[pl.Series, pl.Series]:
+    """Tags and labels, where a third of the tags goes with the label."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, 12, count)
+    tags = np.where(rng.random((count, 4)) < 0.33, truth[:, None], rng.integers(12, 60, (count, 4)))
+    names = pl.Series([[f"t{tag}" for tag in row] for row in tags.tolist()])
+    return names, pl.Series([f"c{label:02d}" for label in truth.tolist()])
+
+
+def test_what_is_judged_is_the_evidence_of_the_posterior() -> None:
+    (lessons, truth), (questions, _) = drawn_crops(600, 0), drawn_crops(400, 1)
+    labels = [f"c{label:02d}" for label in range(12)]
+    ids = [str(row) for row in range(400)]
+    found = naive_bayes.judge(ids, lessons, truth, questions, labels, 1.0, 0)
+    expected = evidence.from_probabilities(ids, labels, found.probabilities)
+    np.testing.assert_array_equal(found.ranking, expected.ranking)
+    np.testing.assert_array_equal(found.tied, expected.tied)
+    np.testing.assert_allclose(found.confidence, expected.confidence, atol=1e-5)
+
+
+def test_a_temperature_from_a_sample_is_near_that_from_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    (lessons, truth), (questions, _) = drawn_crops(4000, 0), drawn_crops(200, 1)
+    labels = [f"c{label:02d}" for label in range(12)]
+    whole = naive_bayes.posterior(lessons, truth, questions, labels, 1.0, 0)
+    monkeypatch.setattr(naive_bayes, "CALIBRATION_ROWS", 1000)
+    part = naive_bayes.posterior(lessons, truth, questions, labels, 1.0, 0)
+    assert (whole != part).any()
+    np.testing.assert_allclose(part, whole, atol=0.02)
+    np.testing.assert_array_equal(part.argmax(axis=1), whole.argmax(axis=1))
+
+
 def test_authors_form_vetoes_and_is_surest_of_unknown_tags(tmp_path: Any) -> None:
     found = NaiveBayes(compat="authors", top_tags=3).evidence(toy(tmp_path))
     assert found.ranking[:, 0].tolist()[:4] == [0, 1, 1, 1]
