@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -191,8 +191,10 @@ class Extractor:
         for _ in range(TRIES):
             if shards.missing_count():
                 how = How(self.batch_size, self.workers, self.device, self.autocast, self.decoder, self.lease_s)
-                ranks.here().ask(help_embed, encoder.module, encoder.transform, encoder.reads, store, shards, how)
-                _embed_all(encoder.module, encoder.transform, encoder.reads, store, shards, how, title)
+                # Apart, for what stays the same from one request to the next is passed on once.
+                parts = (encoder.module, encoder.transform, encoder.reads, store, shards, how)
+                ranks.here().ask(help_embed, *parts)
+                Embedding(*parts).do_all(title)
             reasons = shards.check()
             if not shards.missing_count():
                 shards.forget_killed()
@@ -234,85 +236,76 @@ class How:
     lease_s: float
 
 
-def help_embed(
-    module: nn.Module,
-    transform: Any,  # noqa: ANN401
-    reads: str,
-    store: ImageStore,
-    shards: ShardFolder,
-    how: How,
-) -> None:
-    """In a rank other than 0: embed shards that nobody else works on, until there are none."""
-    if not shards.missing_count():
-        return
-    data = _data(transform, reads, store, shards, how.decoder)
-    with Leases(how.lease_s) as leases:
-        _embed_free(module, data, Pieces(len(shards), shards.path, leases), shards, how, None)
+@dataclass(frozen=True)
+class Embedding:
+    """One request for embeddings as a rank works on it.
+
+    Attributes:
+        module: the network.
+        transform: what makes its inputs of pictures or texts.
+        reads: "images" or "texts".
+        store: gives the images.
+        shards: what is asked for, and what is there.
+        how: of the extractor.
+    """
+
+    module: nn.Module
+    transform: Callable[[Any], Any]
+    reads: str
+    store: ImageStore
+    shards: ShardFolder
+    how: How
+
+    def do_all(self, title: str) -> None:
+        """Embed what nobody else works on; then wait for the others, and take over what they leave behind."""
+        unit, done = "text" if self.reads == "texts" else "img", self.shards.rows - self.shards.missing_count()
+        with Leases(self.how.lease_s) as leases, progress.bar(title, self.shards.rows, done=done, unit=unit) as bar:
+            data = self._data()
+            while True:
+                self._do_free(data, leases, bar)
+                missing = self.shards.missing_count()
+                _move(bar, self.shards.rows - missing)
+                if not missing:
+                    return
+                time.sleep(POLL_S)
+
+    def help(self) -> None:
+        """Embed shards that nobody else works on, until there are none."""
+        if self.shards.missing_count():
+            with Leases(self.how.lease_s) as leases:
+                self._do_free(self._data(), leases, None)
+
+    def _data(self) -> ViewImages | ViewTexts:
+        views = cast(pl.DataFrame, pl.from_arrow(self.shards.request))
+        if self.reads == "texts":
+            return ViewTexts.of(views, self.transform)
+        return ViewImages.of(views, self.store, self.transform, self.how.decoder)
+
+    def _do_free(self, data: ViewImages | ViewTexts, leases: Leases, bar: tqdm[Any] | None) -> None:
+        """Embed the shards that are free, by one predict run of Lightning on this rank's device."""
+        pieces = Pieces(len(self.shards), self.shards.path, leases)
+        taken = pieces.take()
+        first = next(taken, None)
+        if first is None:
+            return
+        how = self.how
+        workers = min(ranks.here().cores, 8) if how.workers is None else how.workers
+        loader: DataLoader[Any] = DataLoader(
+            PlannedBatches(data),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=ShardBatches(self.shards, how.batch_size, first, taken),
+            num_workers=workers if self.shards.missing_count() > 2 * workers * how.batch_size else 0,
+            pin_memory=how.device == "cuda",
+            worker_init_fn=_step_back if how.device == "cpu" else None,
+        )
+        writer = ShardWriter(self.shards, pieces, bar)
+        with quiet_trainer(how.device, writer, bfloat16=how.autocast, index=ranks.device_index()) as trainer:
+            trainer.predict(EmbeddingModule(self.module), loader, return_predictions=False)
 
 
-def _embed_all(
-    module: nn.Module,
-    transform: Any,  # noqa: ANN401
-    reads: str,
-    store: ImageStore,
-    shards: ShardFolder,
-    how: How,
-    title: str,
-) -> None:
-    """Embed what nobody else works on; then wait for the others, and take over what they leave behind."""
-    data = _data(transform, reads, store, shards, how.decoder)
-    unit = "text" if reads == "texts" else "img"
-    done = shards.rows - shards.missing_count()
-    with Leases(how.lease_s) as leases, progress.bar(title, shards.rows, done=done, unit=unit) as bar:
-        pieces = Pieces(len(shards), shards.path, leases)
-        while True:
-            _embed_free(module, data, pieces, shards, how, bar)
-            missing = shards.missing_count()
-            _move(bar, shards.rows - missing)
-            if not missing:
-                return
-            time.sleep(POLL_S)
-
-
-def _data(
-    transform: Any,  # noqa: ANN401
-    reads: str,
-    store: ImageStore,
-    shards: ShardFolder,
-    decoder: str,
-) -> ViewImages | ViewTexts:
-    views = cast(pl.DataFrame, pl.from_arrow(shards.request))
-    if reads == "texts":
-        return ViewTexts.of(views, transform)
-    return ViewImages.of(views, store, transform, decoder)
-
-
-def _embed_free(
-    module: nn.Module,
-    data: ViewImages | ViewTexts,
-    pieces: Pieces,
-    shards: ShardFolder,
-    how: How,
-    bar: tqdm[Any] | None,
-) -> None:
-    """Embed the shards that are free, by one predict run of Lightning on this rank's device."""
-    taken = pieces.take()
-    first = next(taken, None)
-    if first is None:
-        return
-    workers = min(ranks.here().cores, 8) if how.workers is None else how.workers
-    batches = ShardBatches(shards, how.batch_size, first, taken)
-    loader: DataLoader[Any] = DataLoader(
-        PlannedBatches(data),  # type: ignore[arg-type]
-        batch_size=None,
-        sampler=batches,
-        num_workers=workers if shards.missing_count() > 2 * workers * how.batch_size else 0,
-        pin_memory=how.device == "cuda",
-        worker_init_fn=_step_back if how.device == "cpu" else None,
-    )
-    writer = ShardWriter(shards, pieces, bar)
-    with quiet_trainer(how.device, writer, bfloat16=how.autocast, index=ranks.device_index()) as trainer:
-        trainer.predict(EmbeddingModule(module), loader, return_predictions=False)
+def help_embed(*parts: Any) -> None:  # noqa: ANN401
+    """In a rank other than 0: help with an `Embedding` of these parts."""
+    Embedding(*parts).help()
 
 
 def _step_back(_: int) -> None:

@@ -125,6 +125,8 @@ class ShardFolder:
             ):
                 writer.write_table(table)
         except DataError as error:
+            if self.path(shard).exists():  # by a process that took over from this one, while it was asleep
+                return
             raise DataError(
                 f"{error} Finished shards are kept; trainer.cache can name another disk. Then run the command again."
             ) from error
