@@ -85,9 +85,9 @@ def search(
     if isinstance(bank, Embeddings) and isinstance(queries, Embeddings) and ranks.here().place.size > 1:
         return _search_together(queries, bank, k, metric, memory_mb, lease_s)
     values = queries if isinstance(queries, np.ndarray) else queries.values
-    found = _Nearest(_prepare(values, metric, "query"), k, metric)
+    found = _Nearest(values, k, metric)
     for places, part in _slices(bank, memory_mb):
-        found.add(places, _prepare(part, metric, "public"))
+        found.add(places, part)
     return Neighbours(found.positions, found.distances)
 
 
@@ -97,11 +97,11 @@ def _search_together(
     """Search the bank in as many parts as there are ranks, and merge what they found."""
     with ranks.here().scratch() as folder:
         ranks.here().ask(help_search, queries, bank, k, metric, memory_mb, lease_s, folder)
-        found = _Nearest(_prepare(queries.values, metric, "query"), k, metric)
+        found = _Nearest(queries.values, k, metric)
         with Leases(lease_s) as leases:
             parts = _parts(folder, leases)
             while parts.missing():
-                _search_free(found.queries, bank, k, metric, memory_mb, parts)
+                _search_free(queries.values, bank, k, metric, memory_mb, parts)
                 time.sleep(POLL_S if parts.missing() else 0)
         for part in range(parts.count):
             with np.load(parts.path(part)) as archive:
@@ -116,7 +116,7 @@ def help_search(
     if folder.is_dir():
         with Leases(lease_s) as leases:
             parts = _parts(folder, leases)
-            _search_free(_prepare(queries.values, metric, "query"), bank, k, metric, memory_mb, parts)
+            _search_free(queries.values, bank, k, metric, memory_mb, parts)
 
 
 def _parts(folder: Path, leases: Leases) -> Pieces:
@@ -131,7 +131,7 @@ def _search_free(
     for part in parts.take():
         found = _Nearest(queries, k, metric)
         for places, values in _slices(bank.take(in_order[part]), memory_mb):
-            found.add(in_order[part][places], _prepare(values, metric, "public"))
+            found.add(in_order[part][places], values)
         with tables.whole(parts.path(part)) as partial, partial.open("wb") as stream:
             np.savez(stream, distances=found.distances, positions=found.positions)
         parts.release(part)
@@ -148,22 +148,30 @@ def _slices(bank: Float32Array | Embeddings, memory_mb: int) -> Iterator[tuple[I
         yield np.arange(start, min(start + most, len(bank))), bank[start : start + most]
 
 
-def _prepare(values: Float32Array, metric: Metric, name: str) -> Float32Array:
-    bad = ~np.isfinite(values).all(axis=1)
-    if bad.any():
-        raise DataError(f"{bad.sum()} {name} embeddings are not finite (first: row {bad.argmax()}); see the encoder.")
+def _prepare(values: Float32Array, metric: Metric, name: str) -> tuple[Float32Array, Float32Array]:
+    """As float32, for "cosine" of unit length, not copied where they are so; and their lengths, shape (N,)."""
     values = np.ascontiguousarray(values, dtype=np.float32)
+    length = _lengths(values)
+    # Not finite where a value is not; or where a length is too large for float32.
+    for row in np.flatnonzero(~np.isfinite(length)):
+        if not np.isfinite(values[row]).all():
+            bad = ~np.isfinite(values).all(axis=1)
+            raise DataError(f"{bad.sum()} {name} embeddings are not finite (first: row {row}); see the encoder.")
     if metric == "l2":
-        return values
-    length = np.linalg.norm(values, axis=1, keepdims=True)
-    return np.asarray(values / np.where(length > 0, length, 1), dtype=np.float32)
+        return values, length
+    return np.asarray(values / np.where(length > 0, length, 1)[:, None], dtype=np.float32), np.ones_like(length)
+
+
+def _lengths(values: Float32Array) -> Float32Array:
+    """Euclidean lengths of rows, shape (N,), without a copy of the squares."""
+    return np.asarray(np.sqrt(np.einsum("nd,nd->n", values, values, optimize=False)))
 
 
 class _Nearest:
     """The nearest rows of each query among the rows seen so far.
 
     Attributes:
-        queries: shape (N, D), prepared.
+        queries: shape (N, D), for "cosine" of unit length.
         distances: shape (N, k), each computed in float32 from its pair alone.
         positions: shape (N, k).
     """
@@ -174,10 +182,10 @@ class _Nearest:
         import faiss
 
         self.faiss: Any = faiss
-        self.queries, self.k, self.metric = queries, k, metric
+        self.queries, self._lengths = _prepare(queries, metric, "query")
+        self.k, self.metric = k, metric
         self.distances = np.full((len(queries), k), np.inf, dtype=np.float32)
         self.positions = np.full((len(queries), k), np.iinfo(np.int64).max)
-        self._lengths = np.linalg.norm(queries, axis=1)
         self._gpu = faiss.StandardGpuResources() if getattr(faiss, "get_num_gpus", lambda: 0)() > 0 else None
 
     def add(self, positions: IntArray, values: Float32Array) -> None:
@@ -185,9 +193,13 @@ class _Nearest:
 
         Args:
             positions: shape (S,), their places in the bank.
-            values: shape (S, D), prepared.
+            values: shape (S, D).
+
+        Raises:
+            DataError: a value is not finite.
         """
-        longest = float(np.linalg.norm(values, axis=1).max(initial=0))
+        values, lengths = _prepare(values, self.metric, "public")
+        longest = float(lengths.max(initial=0))
         self._add(np.arange(len(self.queries)), positions, values, longest, SPARE)
 
     def _add(self, rows: IntArray, positions: IntArray, values: Float32Array, longest: float, spare: int) -> None:
