@@ -83,7 +83,9 @@ class Extractor:
             raise ConfigError(
                 "trainer.accelerator=cuda, but torch finds no CUDA device. Set trainer.accelerator=cpu or auto."
             )
-        if self.device == "cuda" and self.device_count > torch.cuda.device_count():
+        # Tasks of SLURM or torchrun each see their own GPUs, and may be of several machines.
+        alone = ranks.place().size == 1
+        if alone and self.device == "cuda" and self.device_count > torch.cuda.device_count():
             raise ConfigError(
                 f"trainer.devices={self.devices}, but torch finds {torch.cuda.device_count()} CUDA devices. Set "
                 "trainer.devices=auto."

@@ -197,7 +197,8 @@ def _missing(plan: Plan) -> list[str]:
     found = _absent_files("dataset", plan.dataset) + _absent_files("split", plan.split)
     for key, part in parts.items():
         for where, encoder in _encoders(key, part):
-            found += [_fault(partial(look, where, encoder, plan)) for look in PUBLISHED[type(encoder)]]
+            looks = next(looks for kind, looks in PUBLISHED.items() if isinstance(encoder, kind))
+            found += [_fault(partial(look, where, encoder, plan)) for look in looks]
     # Of two sentences on one key the first stays, which does not blame a network that was not asked.
     heads = {sentence.partition("=")[0] for sentence in found}
     found += [sentence for sentence in told if sentence.partition("=")[0] not in heads]

@@ -250,9 +250,10 @@ class Ranks:
                 return
             try:
                 function, *arguments = self._load(Path(folder), names)
+            except FileNotFoundError:  # rank 0 has ended since, and says so next
+                continue
+            try:
                 function(*arguments)
-            except FileNotFoundError:  # rank 0 has ended since
-                return
             except DejavuError as error:  # rank 0 does the work, or meets the same error and tells it
                 log.warning("rank %d: %s", self.place.rank, error)
 

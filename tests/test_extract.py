@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dejavu_exp import progress, provenance, tables
+from dejavu_exp import progress, provenance, ranks, tables
 from dejavu_exp.datasets.stores import MemoryStore
 from dejavu_exp.encoders import CharNgramEncoder, LoadedEncoder
 from dejavu_exp.errors import ConfigError, DataError
@@ -377,3 +377,14 @@ def test_the_bar_says_what_it_counts(
     monkeypatch.setattr(progress, "bar", look)
     extractor.embed(replace(encoder(), text=text_encoder), views, images(1)[1])
     assert seen == [unit_shown]
+
+
+def test_tasks_on_several_machines_may_be_more_than_the_gpus_that_one_of_them_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=r"trainer\.devices=16.*finds 1 CUDA"):
+        Extractor(tmp_path, devices=16)
+    monkeypatch.setattr(ranks, "place", lambda: ranks.Place(rank=3, size=16))
+    assert Extractor(tmp_path, devices=16).device_count == 16
