@@ -149,6 +149,8 @@ def test_what_fails_in_rank_0_ends_the_helpers(tmp_path: Path, log: Path) -> Non
 def test_the_place_is_what_slurm_or_torchrun_says(
     env: dict[str, str], expected: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Lightning leaves it set in a process that trained on several ranks.
+    monkeypatch.delenv("MASTER_PORT", raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     ranks.place.cache_clear()

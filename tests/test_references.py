@@ -114,6 +114,14 @@ def test_the_temperature_softens_tags_that_mislead() -> None:
     assert calibrated == pytest.approx(right, abs=0.05)
 
 
+def test_tags_that_tell_less_than_chance_leave_the_prior() -> None:
+    """Each tag is once of either class: what it says of a held-out row is always wrong."""
+    lessons, truth = [[f"t{row // 2}"] for row in range(40)], [LABELS[row % 2] for row in range(40)]
+    questions = [["t0", "t1"], [], ["t3"]]
+    found = naive_bayes.posterior(lessons, truth, questions, LABELS, 1.0, 0)
+    np.testing.assert_allclose(found, 0.5, atol=1e-3)
+
+
 @pytest.mark.parametrize("sample_rows", [100, 8_000])
 def test_the_posterior_is_that_of_scikit_learn(sample_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fitted from a sample and all rows, or from all at once: the same temperature."""

@@ -422,8 +422,11 @@ def _inverse_temperature(
     step = max(1, len(scores) // SAMPLE_ROWS)
     sample = scores[::step], truth[::step]
     low, high = np.exp(-10), np.exp(10)
-    if _slope(high, *sample, pool)[0] < 0:
+    if _slope(high, *sample, pool)[0] <= 0:
         return float(high)
+    # Where the tags tell less than chance, the flattest posterior is the likeliest.
+    if _slope(low, *sample, pool)[0] >= 0:
+        return float(low)
     root = brentq(
         lambda log_inverse: _slope(np.exp(log_inverse), *sample, pool)[0], np.log(low), np.log(high), xtol=1e-9
     )
