@@ -1,4 +1,4 @@
-"""Intervals: a paired bootstrap over rows. Pure NumPy."""
+"""Intervals, tests and power: a paired bootstrap over rows, exact tests, permutations, p-values of rows."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from dejavu_exp.tables import Estimate, FloatArray, IntArray
 
 BLOCK_ELEMENTS = 4_000_000
 """Weights held at a time by each thread; bounds the memory whatever the number of rows."""
+POWER = 0.8
+"""Probability with which an effect is to be found, where power is told."""
 WORDS = 1 << 16
 PART = WORDS
 """Rows whose weights are drawn at a time: what stays in the processor's cache, and what 16 random bits can name."""
@@ -178,3 +180,156 @@ def resample_groups(counts: IntArray, resamples: int, rng: np.random.Generator) 
     """
     rows = counts.sum(axis=1)
     return rng.multinomial(rows, counts / rows[:, None], size=(resamples, len(rows)))
+
+
+def proportion(successes: int, n_used: int, level: float, n_excluded: int = 0) -> Estimate:
+    """A share of rows with its exact interval, which holds the truth at least as often as `level` says.
+
+    Source: Clopper and Pearson, Biometrika 26 (1934).
+
+    Args:
+        successes: rows that count.
+        n_used: rows in all.
+        level: of the interval, a fraction.
+        n_excluded: carried into the estimate.
+
+    Returns:
+        A share from 0 to 1; undefined without rows.
+
+    >>> found = proportion(0, 20, 0.95)
+    >>> found.value, found.low, round(found.high, 3)
+    (0.0, 0.0, 0.168)
+    """
+    from scipy.stats import binomtest
+
+    if not n_used:
+        return Estimate.undefined(n_excluded)
+    found = binomtest(successes, n_used).proportion_ci(level, method="exact")
+    return Estimate(successes / n_used, float(found.low), float(found.high), n_used, n_excluded)
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """How probable rows are on which two judges differ so unevenly, were both right equally often; two-sided, exact.
+
+    Source: McNemar, Psychometrika 12 (1947), with the binomial distribution.
+
+    Args:
+        only_first: rows that the first alone has right.
+        only_second: rows that the second alone has right.
+
+    Returns:
+        From 0 to 1; 1 where no row tells them apart.
+
+    >>> mcnemar(5, 0)
+    0.0625
+    """
+    from scipy.stats import binomtest
+
+    differing = only_first + only_second
+    return float(binomtest(only_first, differing).pvalue) if differing else 1.0
+
+
+def paired_permutation(differences: FloatArray, permutations: int, rng: np.random.Generator) -> float:
+    """How probable a mean so far from zero is, were the two measurements of each row exchangeable; two-sided.
+
+    Source: Fisher, The Design of Experiments (1935); with the observed order counted among the permutations.
+
+    Args:
+        differences: shape (N,), of the two measurements of each row.
+        permutations: how many assignments of signs are drawn.
+        rng: the generator.
+
+    Returns:
+        From 1 / (permutations + 1) to 1.
+
+    >>> paired_permutation(np.ones(20), 999, np.random.default_rng(0))
+    0.001
+    """
+    telling = differences[differences != 0]
+    if not len(telling):
+        return 1.0
+    observed, as_far = abs(telling.sum()), 1
+    block = max(1, BLOCK_ELEMENTS // len(telling))
+    for start in range(0, permutations, block):
+        signs = rng.integers(2, size=(min(block, permutations - start), len(telling)), dtype=np.int8)
+        # Sums that differ by rounding alone are as far.
+        sums = np.abs(2 * (signs @ telling) - telling.sum())
+        as_far += int((sums >= observed * (1 - 1e-12)).sum())
+    return as_far / (permutations + 1)
+
+
+def holm(p_values: FloatArray) -> FloatArray:
+    """P-values adjusted for their number: those at most a are, with probability 1 - a, all of effects that exist.
+
+    Source: Holm, Scandinavian Journal of Statistics 6 (1979).
+
+    Args:
+        p_values: shape (N,), from 0 to 1; NaN is no test and stays.
+
+    >>> holm(np.array([0.01, 0.04, 0.03, np.nan])).tolist()
+    [0.03, 0.06, 0.06, nan]
+    """
+    adjusted = np.full(len(p_values), np.nan)
+    tested = np.flatnonzero(~np.isnan(p_values))
+    order = tested[np.argsort(p_values[tested], kind="stable")]
+    raised = p_values[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(raised), 1)
+    return adjusted
+
+
+def conformal_p_values(scores: FloatArray, null: FloatArray, weights: FloatArray | None = None) -> FloatArray:
+    """How probable a score so large is for a row that is like the null rows.
+
+    Valid for a row that is exchangeable with them, whatever the distribution of scores is; several rows share the null
+    rows, so that their p-values hang together, which the procedure of Benjamini and Hochberg allows.
+
+    Source: Bates et al., Annals of Statistics 51 (2023).
+
+    Args:
+        scores: shape (N,).
+        null: shape (M,), scores of null rows.
+        weights: shape (M,), how much each null row counts, mean 1; None for all alike.
+
+    Returns:
+        Shape (N,), from 1 / (M + 1) to 1.
+
+    >>> conformal_p_values(np.array([2.0, 0.0]), np.array([0.0, 1.0, 3.0])).tolist()
+    [0.5, 1.0]
+    """
+    order = np.argsort(null)
+    weights = np.ones(len(null)) if weights is None else weights
+    # How much of the null is at least as large as what stands at a place, and nothing past the last.
+    above = np.append(np.cumsum(weights[order][::-1])[::-1], 0.0)
+    return np.asarray((1 + above[np.searchsorted(null[order], scores)]) / (1 + weights.sum()))
+
+
+def false_discovery(p_values: FloatArray) -> FloatArray:
+    """The rate of false discoveries at which each row would just be listed (q-value), shape (N,).
+
+    Source: Benjamini and Hochberg, Journal of the Royal Statistical Society B 57 (1995).
+
+    >>> false_discovery(np.array([0.01, 0.5])).tolist()
+    [0.02, 0.5]
+    """
+    from scipy.stats import false_discovery_control
+
+    return np.asarray(false_discovery_control(p_values)) if len(p_values) else np.empty(0)
+
+
+def smallest_detectable(samples: FloatArray, level: float, power: float = POWER) -> float:
+    """The smallest true difference that an interval of so many rows would hold apart from zero with some probability.
+
+    Args:
+        samples: shape (B,), the bootstrap distribution of the difference, which gives its standard error.
+        level: of the interval, a fraction.
+        power: that probability.
+
+    Returns:
+        In the unit of `samples`; NaN where they are undefined.
+
+    >>> round(smallest_detectable(np.random.default_rng(0).normal(0, 1, 100_000), 0.95), 1)
+    2.8
+    """
+    from scipy.stats import norm
+
+    return float((norm.ppf((1 + level) / 2) + norm.ppf(power)) * np.std(samples))
