@@ -35,6 +35,7 @@ def _scores(name: str, seed: int) -> pl.DataFrame:
         "reference_correct_top5": reference | (rng.random(ROWS) < 0.1),
         "quadrant": pl.Series(metrics.QUADRANTS)[metrics.quadrant(target, reference)],
         "memorization_score": rng.normal(size=ROWS),
+        "weight": np.ones(ROWS),
         "memorization_confidence": pl.Series(np.where(memorized, rng.normal(size=ROWS), np.nan), nan_to_null=True),
     }
     same: dict[str, Any] = {"role": "target", "reference": name, "status": "ok"}

@@ -9,10 +9,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 
 from dejavu_exp import metrics, provenance, statistics
-from dejavu_exp.statistics import Draws
+from dejavu_exp.statistics import Draws, Rows
 from dejavu_exp.tables import BoolArray, Estimate, FloatArray, Role, Status
 
 MEASURES = ("kappa_memorized", "kappa_correct", "jaccard_memorized", "jaccard_correlated", "rank_correlation")
@@ -33,17 +34,37 @@ class _Judgement:
         confidence: shape (N,), of its answers.
         score: shape (N,), memorization score; NaN also where it is not defined.
         sets: 1 for the members of each of `SETS`, shape (N,); and "value", the reference's part of the gap.
+        weight: shape (N,), how much each row counts.
+        label: shape (N,), the class of each row; empty where it is not known.
     """
 
     judged: BoolArray
     confidence: FloatArray
     score: FloatArray
     sets: Mapping[str, FloatArray]
+    weight: FloatArray
+    label: npt.NDArray[Any]
 
     def take(self, rows: BoolArray) -> _Judgement:
         """The chosen rows."""
         sets = {name: member[rows] for name, member in self.sets.items()}
-        return _Judgement(self.judged[rows], self.confidence[rows], self.score[rows], sets)
+        return _Judgement(
+            self.judged[rows], self.confidence[rows], self.score[rows], sets, self.weight[rows], self.label[rows]
+        )
+
+
+@dataclass(frozen=True)
+class _Drawing:
+    """How rows are resampled; `by_label` draws whole classes, the rest is as in `compare_references`."""
+
+    fractions: tuple[float, ...]
+    resamples: int
+    seed: int
+    by_label: bool
+
+    def rows(self, judged: _Judgement) -> Rows:
+        """The rows that a judgement is of."""
+        return Rows.of(judged.weight, judged.label if self.by_label else None)
 
 
 def compare_references(
@@ -53,6 +74,8 @@ def compare_references(
     resamples: int,
     seed: int,
     value: pl.Expr | None = None,
+    *,
+    by_label: bool = False,
 ) -> dict[str, Any]:
     """Compare every two references on the rows that both judge.
 
@@ -68,6 +91,7 @@ def compare_references(
         resamples: of the bootstrap.
         seed: of the bootstrap.
         value: what the reference's part of a gap is the mean of; None: its correctness.
+        by_label: a resample draws whole classes and not single rows.
 
     Returns:
         JSON-ready. `references`: their names. `pairs`: for each the two names, the differences of gaps on `target` and
@@ -75,15 +99,17 @@ def compare_references(
         are unseen rows), and on target rows Cohen's kappa of being memorized and of the reference being right, the
         Jaccard index of the memorized and of the correlated sets, and Spearman's correlation of the memorization
         scores. Its ranks are taken once, among the rows where both scores are defined; Pearson's correlation of these
-        ranks is then resampled. `matrix`: these measures in the order of `references`. `correlated_by_all`: share of
-        target rows that all call correlated, among those that all judge. What is undefined, such as the kappa of a
-        constant or the Jaccard index of two empty sets, is null with its counts.
+        ranks is then resampled. `mcnemar` tests whether both are right equally often. `matrix`: these measures in the
+        order of `references`. `correlated_by_all`: share of target rows that all call correlated, among those that all
+        judge. What is undefined, such as the kappa of a constant or the Jaccard index of two empty sets, is null with
+        its counts.
     """
     answered = pl.col("reference_correct") if value is None else value
     scores = scores.with_columns(answered.cast(pl.Float64).alias("value"))
     names = scores["reference"].unique(maintain_order=True).to_list()
     on_target = _judgements(scores, Role.TARGET, names)
-    pairs = _pairs(scores, on_target, fractions, level, resamples, seed)
+    draw = _Drawing(tuple(fractions), resamples, seed, by_label)
+    pairs = _with_tests(_pairs(scores, on_target, draw, level), on_target)
     return {
         "references": names,
         "pairs": pairs,
@@ -155,6 +181,8 @@ def _judgements(scores: pl.DataFrame, role: str, names: Sequence[str]) -> dict[s
                 set_name: rows.select(member.cast(pl.Float64)).to_series().to_numpy()
                 for set_name, member in sets.items()
             },
+            rows["weight"].fill_null(0.0).to_numpy(),
+            rows["label"].fill_null("").to_numpy(),
         )
     return found
 
@@ -162,17 +190,15 @@ def _judgements(scores: pl.DataFrame, role: str, names: Sequence[str]) -> dict[s
 def _pairs(
     scores: pl.DataFrame,
     on_target: Mapping[str, _Judgement],
-    fractions: Sequence[float],
+    draw: _Drawing,
     level: float,
-    resamples: int,
-    seed: int,
 ) -> list[dict[str, Any]]:
     """All figures of all pairs."""
-    every = list(itertools.combinations(on_target, 2))
-    target = _draws(on_target, every, fractions, Role.TARGET, resamples, seed)
+    every, fractions = list(itertools.combinations(on_target, 2)), draw.fractions
+    target = _draws(on_target, every, draw, Role.TARGET)
     has_unseen = bool((scores["role"] == Role.UNSEEN).any())
     on_unseen = _judgements(scores, Role.UNSEEN, list(on_target)) if has_unseen else {}
-    unseen = _draws(on_unseen, every if has_unseen else [], fractions, Role.UNSEEN, resamples, seed)
+    unseen = _draws(on_unseen, every if has_unseen else [], draw, Role.UNSEEN)
     percents = [metrics.percent_key(fraction) for fraction in fractions]
     result = []
     for pair in every:
@@ -187,6 +213,20 @@ def _pairs(
             | _named(MEASURES, measures)
         )
     return result
+
+
+def _with_tests(pairs: list[dict[str, Any]], on_target: Mapping[str, _Judgement]) -> list[dict[str, Any]]:
+    """The pairs with McNemar's test of whether both are right equally often; its p-values adjusted for their number."""
+    tests = []
+    for pair in pairs:
+        first, second = on_target[pair["first"]], on_target[pair["second"]]
+        right = [(found.sets["correct"] == 1)[first.judged & second.judged] for found in (first, second)]
+        only = [int((one & ~other).sum()) for one, other in (right, right[::-1])]
+        tests.append({"only_first": only[0], "only_second": only[1], "p_value": statistics.mcnemar(*only)})
+    adjusted = statistics.holm(np.array([test["p_value"] for test in tests]))
+    return [
+        {**pair, "mcnemar": {**test, "p_holm": float(p)}} for pair, test, p in zip(pairs, tests, adjusted, strict=True)
+    ]
 
 
 def _named(names: Sequence[str], estimates: Sequence[Estimate]) -> dict[str, Any]:
@@ -204,12 +244,7 @@ def _counted(found: Estimate, first: _Judgement, second: _Judgement) -> Estimate
 
 
 def _draws(
-    judgements: Mapping[str, _Judgement],
-    pairs: Sequence[Pair],
-    fractions: Sequence[float],
-    role: Role,
-    resamples: int,
-    seed: int,
+    judgements: Mapping[str, _Judgement], pairs: Sequence[Pair], draw: _Drawing, role: Role
 ) -> dict[Pair, Draws]:
     """Bootstrap of each pair: differences of gaps and, on target rows, `MEASURES`.
 
@@ -223,11 +258,12 @@ def _draws(
         rows = _judged(judgements, group[0])
         n_rows = int(rows.sum())
         kept = {name: judgements[name].take(rows) for name in dict.fromkeys(itertools.chain(*group))}
-        parts = [_differences(kept, group, fractions)]
+        parts = [_differences(kept, group, draw.fractions)]
         if role == Role.TARGET:
             parts.append(partial(_measures, len(group), _products(kept, group), n_rows))
-        rng = provenance.rng(seed, f"bootstrap/agreement/{role}")
-        draws = statistics.bootstrap(partial(_side_by_side, parts), n_rows, resamples, rng, len(rows) - n_rows)
+        rng = provenance.rng(draw.seed, f"bootstrap/agreement/{role}")
+        drawn = draw.rows(next(iter(kept.values())))
+        draws = statistics.bootstrap(partial(_side_by_side, parts), drawn, draw.resamples, rng, len(rows) - n_rows)
         found |= _by_pair(draws, group)
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 import yaml
 
-from dejavu_exp import agreement, neighbours, report, stages, tables, training
+from dejavu_exp import neighbours, report, stages, tables, training
 from dejavu_exp.report import gallery
 from dejavu_exp.stages import Plan, Stopwatch
 
@@ -44,30 +44,22 @@ def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         truth = views.public()["truth"]
         target = neighbours.infer(measured["id"].to_list(), near, truth, views.labels(), plan.probe.ties)
     inputs = stages.reference_inputs(plan, views, encoder, target, lessons)
-    scores, measures, nearest = {}, {}, {}
+    scores, measures, nearest, alike = {}, {}, {}, None
     for name, reference in plan.references.items():
         with clock.stage(f"references/{name}", lessons):
             found = reference.evidence(inputs)
             other = reference.other_direction(inputs)
             nearest[name] = found.nearest_by_id()
         with clock.stage("scores"):
-            scores[name] = stages.score(plan, views, target, found, other, name)
+            alike = alike or stages.likely(plan, views, name, found)
+            scores[name] = stages.score(plan, views, alike, target, found, other, name)
             measures[name] = plan.scoring.figures(scores[name], views.rows, plan.seed)
     everything = pl.concat(scores.values())
     with clock.stage("agreement"):
-        scoring = plan.scoring
-        agreed = agreement.compare_references(
-            everything,
-            scoring.fractions,
-            scoring.level,
-            scoring.resamples,
-            plan.seed,
-            scoring.reference_value(),
-        )
-        correlated = agreement.correlated_by_all(everything, views.manifest.rows)
+        agreed, correlated = stages.agree(plan, views, everything)
     with clock.stage("utility"):
         useful = stages.utility(plan, views, encoder, bank)
-    facts = stages.timed(stages.collect(plan, views, encoder, target, measures, agreed, useful, config), clock)
+    facts = stages.timed(stages.collect(plan, views, encoder, target, measures, agreed, useful, alike, config), clock)
     shown = gallery.most_memorized(
         scores[facts["headline"]],
         measured,

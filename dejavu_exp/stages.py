@@ -11,7 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from dejavu_exp import crops, images, provenance, tables, taggers
+from dejavu_exp import agreement, crops, images, likeness, provenance, tables, taggers
 from dejavu_exp.captions import Caption
 from dejavu_exp.config import that_decides
 from dejavu_exp.datasets.base import Dataset, Manifest
@@ -20,8 +20,11 @@ from dejavu_exp.encoders.base import BOTH
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.evidence import Evidence
 from dejavu_exp.extract import Extractor
+from dejavu_exp.likeness import Likeness
 from dejavu_exp.neighbours import KnnProbe
 from dejavu_exp.references.base import OtherDirection, Reference, ReferenceInputs
+from dejavu_exp.references.floors import LabelShuffle
+from dejavu_exp.references.naive_bayes import NaiveBayes
 from dejavu_exp.scoring import LabelInference, ObjectInference
 from dejavu_exp.shards import Embeddings
 from dejavu_exp.splits import Split
@@ -312,14 +315,58 @@ def reference_inputs(
     )
 
 
+def likely(plan: Plan, views: Views, name: str, found: Evidence) -> Likeness | None:
+    """Whether target and unseen rows are alike, and what unseen rows count; None without unseen rows.
+
+    Args:
+        plan: the run.
+        views: after embedding.
+        name: of the first reference, whose answers tell how much a background says of its foreground.
+        found: these answers.
+    """
+    # What is made from the encoder's answers tells what it has memorized, and no weight must be made from that.
+    from_elsewhere = None if isinstance(plan.references[name], LabelShuffle) else found
+    return likeness.compare(described(plan, views), from_elsewhere, plan.scoring.adjust, plan.scoring.level, plan.seed)
+
+
+def described(plan: Plan, views: Views) -> pl.DataFrame:
+    """What is known of the measured rows without the encoder: columns as `likeness.compare` takes them."""
+    measured = views.measured()
+    if any(isinstance(reference, NaiveBayes) for reference in plan.references.values()):
+        tagged = taggers.tag_views(plan.tagger, measured, views.manifest, plan.trainer)
+        tags = pl.when(tagged["status"] == Status.OK).then(tagged["tags"])
+        known = views.rows.select("id", "width", "height", "boxes")
+        measured = measured.with_columns(tags=tags)
+    else:
+        known = views.rows.select("id", "width", "height", "boxes", "tags")
+    joined = measured.join(known, on="id", how="left", validate="1:1", maintain_order="left")
+    area = (pl.col("width") * pl.col("height")).cast(pl.Float64)
+    of_box = pl.element()
+    sides = [of_box.list.get(end) - of_box.list.get(end - 2) for end in (2, 3)]
+    return joined.select(
+        "id", "role", "label", "truth", "tags",
+        box_share=pl.col("boxes").list.eval(sides[0] * sides[1]).list.sum() / area,
+        crop_share=(pl.col("xmax") - pl.col("xmin")) * (pl.col("ymax") - pl.col("ymin")) / area,
+    )  # fmt: skip
+
+
 def score(
-    plan: Plan, views: Views, target: Evidence, reference: Evidence, other: OtherDirection | None, name: str
+    plan: Plan,
+    views: Views,
+    alike: Likeness | None,
+    target: Evidence,
+    reference: Evidence,
+    other: OtherDirection | None,
+    name: str,
 ) -> pl.DataFrame:
     """Scores of the measured rows against one reference; with the other direction, of the heldout rows too.
 
     There the second encoder is the target, and the encoder under test is its reference.
     """
     rows = views.queries.filter(pl.col("role").is_in(MEASURED))
+    if alike is not None:
+        weights = alike.weights.select("id", "weight")
+        rows = rows.join(weights, on="id", how="left", validate="1:1", maintain_order="left")
     scores = plan.scoring.score(rows, target, reference, name)
     if other is None:
         return scores
@@ -327,6 +374,15 @@ def score(
     lost = (pl.col("status") == Status.OK) & ~pl.col("id").is_in(other.rows["id"].implode())
     heldout = heldout.with_columns(status=pl.when(lost).then(pl.lit(str(Status.NO_EVIDENCE))).otherwise("status"))
     return pl.concat([scores, plan.scoring.score(heldout, other.target, other.reference, name)])
+
+
+def agree(plan: Plan, views: Views, scores: pl.DataFrame) -> tuple[dict[str, Any], pl.DataFrame]:
+    """How far the references agree, and the rows that all call correlated; see `agreement`."""
+    scoring = plan.scoring
+    settings = (scoring.fractions, scoring.level, scoring.resamples, plan.seed)
+    by_label = isinstance(scoring, LabelInference) and scoring.cluster == "label"
+    found = agreement.compare_references(scores, *settings, scoring.reference_value(), by_label=by_label)
+    return found, agreement.correlated_by_all(scores, views.manifest.rows)
 
 
 def utility(plan: Plan, views: Views, encoder: LoadedEncoder, bank: Embeddings) -> list[dict[str, Any]]:
@@ -363,8 +419,9 @@ def collect(
     encoder: LoadedEncoder,
     target: Evidence,
     measures: Mapping[str, dict[str, Any]],
-    agreement: dict[str, Any],
+    agreed: dict[str, Any],
     useful: list[dict[str, Any]],
+    alike: Likeness | None,
     config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """All that figures.json holds, but the times.
@@ -375,8 +432,9 @@ def collect(
         encoder: as loaded.
         target: evidence of the encoder.
         measures: figures of each reference, in the order of the configuration.
-        agreement: of the references with each other.
+        agreed: how far the references do.
         useful: accuracies of the encoder on whole images.
+        alike: how target and unseen rows compare.
         config: resolved.
     """
     headline = next(iter(measures))
@@ -406,7 +464,7 @@ def collect(
     return {
         "schema": tables.FIGURES_VERSION,
         "title": f"{encoder.description.split(',')[0]} on {views.manifest.name}",
-        "verdict": references[headline]["verdict"],
+        "verdict": " ".join(filter(None, [references[headline]["verdict"], alike.warning if alike else ""])),
         "headline": headline,
         "notes": notes(plan, views, encoder),
         "problems": [*views.manifest.problems, *_unreadable(everyone)],
@@ -438,10 +496,21 @@ def collect(
         },
         "counts": counts,
         "references": references,
-        "agreement": agreement,
+        "agreement": agreed,
+        "likeness": alike and alike.figures(),
+        "coverage": _coverage(plan, views, target, alike),
         "utility": useful,
         "run": {"versions": provenance.versions(), "commit": provenance.commit(), "config": that_decides(config)},
     }
+
+
+def _coverage(plan: Plan, views: Views, target: Evidence, alike: Likeness | None) -> dict[str, dict[str, float | None]]:
+    rows = described(plan, views)
+    tied = target.take(rows["id"].to_list()).tied
+    weighted = rows.with_columns(target_tied=tied, weight=pl.lit(1.0))
+    if alike is not None:
+        weighted = weighted.drop("weight").join(alike.weights.select("id", "weight"), on="id", validate="1:1")
+    return likeness.coverage(weighted)
 
 
 def notes(plan: Plan, views: Views, encoder: LoadedEncoder) -> list[str]:

@@ -22,7 +22,7 @@ from dejavu_exp.errors import DataError
 SCHEMA_VERSION = 2
 """Part of every cache key: raise it when a column or its meaning changes."""
 
-FIGURES_VERSION = 3
+FIGURES_VERSION = 4
 """Stands in figures.json as `schema`: raise it when a key or its meaning changes."""
 
 Schema: TypeAlias = Mapping[str, pl.DataType | type[pl.DataType]]
@@ -102,6 +102,13 @@ TAGS: Schema = {
     "status": pl.String,
 }
 
+OF_ROWS: Schema = {
+    "weight": pl.Float64,  # how much the row counts in the figures, mean 1; null where it is not used
+    "p_value": pl.Float64,  # of a target row, from unseen rows: 1 without a score, null without unseen rows
+    "q_value": pl.Float64,  # the rate of false discoveries at which the row would just be listed
+}
+"""What tables of scores tell of a row beside its scores."""
+
 SCORES: Schema = {
     "id": pl.String,
     "role": pl.String,
@@ -123,6 +130,7 @@ SCORES: Schema = {
     "quadrant": pl.String,
     "memorization_score": pl.Float64,
     "memorization_confidence": pl.Float64,  # nats; null where it is not defined
+    **OF_ROWS,
 }
 
 PREDICTIONS = ("all", "top10", "top1")
@@ -153,6 +161,7 @@ OBJECT_SCORES: Schema = {
     "target_correct": pl.Boolean,
     "quadrant": pl.String,  # by recall of the headline's prediction: memorized where the target's is larger
     "memorization_score": pl.Float64,
+    **OF_ROWS,
 }
 
 

@@ -14,17 +14,82 @@ from dejavu_exp.errors import ConfigError
 from dejavu_exp.statistics import Draws
 from dejavu_exp.tables import Estimate, FloatArray, IntArray, Role, Status
 
+ADJUSTMENTS = ("none", "weight", "match")
 
-def check_interval(level: float, resamples: int) -> None:
-    """Refuse settings that give no interval.
+
+def check_settings(level: float, resamples: int, false_discovery: float, adjust: str) -> None:
+    """Refuse settings that give no interval, no list, or no weights.
 
     Raises:
-        ConfigError: the level is no share, or there are too few resamples.
+        ConfigError: the level or the rate is no share, there are too few resamples, or the adjustment is not known.
     """
+    if not 0 < false_discovery < 1:
+        raise ConfigError(f"scoring.false_discovery={false_discovery}: must lie between 0 and 1, e.g. 0.1.")
+    if adjust not in ADJUSTMENTS:
+        raise ConfigError(f"scoring.adjust={adjust}: must be one of {', '.join(ADJUSTMENTS)}.")
     if not 0 < level < 1:
         raise ConfigError(f"scoring.level={level}: must lie between 0 and 1, e.g. 0.95.")
     if resamples < 100:
         raise ConfigError(f"scoring.resamples={resamples}: must be at least 100 for an interval to mean anything.")
+
+
+def with_p_values(scores: pl.DataFrame) -> pl.DataFrame:
+    """Say of each target row how probable so large a memorization score is for a row that the encoder never saw.
+
+    A row without a score, such as one that is not memorized under scoring.memorization_score=entropy, is below all.
+
+    Args:
+        scores: of one reference, with role, status, weight and memorization_score.
+
+    Returns:
+        The same with p_value and q_value; null where there are no usable unseen rows.
+    """
+    usable = pl.col("status") == Status.OK
+    numbered = scores.with_row_index("row")
+    target, unseen = (numbered.filter(pl.col("role") == role, usable) for role in (Role.TARGET, Role.UNSEEN))
+    if not len(unseen):
+        return scores.with_columns(p_value=pl.lit(None, pl.Float64), q_value=pl.lit(None, pl.Float64))
+    score = pl.col("memorization_score").fill_null(-np.inf)
+    of_rows, of_null = (part.select(score).to_series().to_numpy() for part in (target, unseen))
+    p_values = statistics.conformal_p_values(of_rows, of_null, unseen["weight"].to_numpy())
+    told = target.select("row").with_columns(p_value=p_values, q_value=statistics.false_discovery(p_values))
+    return numbered.join(told, on="row", how="left", maintain_order="left").drop("row")
+
+
+def detected(scores: pl.DataFrame, rate: float) -> dict[str, Any] | None:
+    """How many target rows are listed as memorized at a rate of false discoveries; None without unseen rows.
+
+    Args:
+        scores: as `with_p_values` gives them, in any form that keeps role, status and the two columns.
+        rate: of false discoveries, a fraction.
+    """
+    tested = scores.filter(pl.col("p_value").is_not_null())
+    if not len(tested):
+        return None
+    return {
+        "rate": rate,
+        "n": int((tested["q_value"] <= rate).sum()),
+        "n_tested": len(tested),
+        "n_null": len(scores.filter(pl.col("role") == Role.UNSEEN, pl.col("status") == Status.OK)),
+        "smallest_p": tested["p_value"].min(),
+    }
+
+
+def power(gap: Draws, corrected: Draws | None, level: float) -> dict[str, float | None]:
+    """The smallest gap, and corrected gap, that so many rows would show, in the gap's unit.
+
+    Args:
+        gap: one figure, on target rows.
+        corrected: one figure; None without unseen rows.
+        level: of the intervals.
+    """
+    found = {"gap": gap, "corrected_gap": corrected}
+    smallest = {
+        name: None if draws is None else statistics.smallest_detectable(draws.samples[:, 0], level)
+        for name, draws in found.items()
+    }
+    told = {name: None if value is None or np.isnan(value) else value for name, value in smallest.items()}
+    return {**told, "level": level, "power": statistics.POWER}
 
 
 def paired(first: Draws, second: Draws) -> Draws:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import polars as pl
@@ -14,11 +14,13 @@ from dejavu_exp import metrics, provenance, statistics, tables
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.evidence import Evidence
 from dejavu_exp.scoring import common
-from dejavu_exp.statistics import Draws
+from dejavu_exp.statistics import Draws, Rows
 from dejavu_exp.tables import Estimate, FloatArray, Role, Status
 
 CURVE_PERCENT = (1, 2, 3, 5, 7, 10, 15, 20, 25, 30, 40, 50, 60, 70, 80, 90, 100)
 TOPS = {"top1": "", "top5": "_top5"}
+
+RoleDraws: TypeAlias = dict[str, Draws]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class LabelInference:
             come first ("first", the authors' rule with a stable sort).
         level: of the intervals.
         resamples: of the bootstrap.
+        cluster: what a resample draws: single rows ("row"), or whole classes ("label"), for rows of a class may
+            resemble each other and then tell less than their number says.
+        adjust: unseen rows count alike ("none"), or so that they resemble the target rows: by the odds of being one
+            ("weight"), or as often as they are the likest to one ("match"). See `dejavu_exp.likeness`.
+        false_discovery: expected share of false ones among the target rows that are listed as memorized.
     """
 
     fractions: tuple[float, ...] = (1.0, 0.2, 0.05)
@@ -41,6 +48,9 @@ class LabelInference:
     ties: Literal["shared", "first"] = "shared"
     level: float = 0.95
     resamples: int = 1000
+    cluster: Literal["row", "label"] = "row"
+    adjust: Literal["none", "weight", "match"] = "none"
+    false_discovery: float = 0.1
     infers: ClassVar[str] = "label"
     needs_tags: ClassVar[bool] = False
 
@@ -52,7 +62,9 @@ class LabelInference:
             raise ConfigError(f"scoring.memorization_score={self.memorization_score}: must be probability or entropy.")
         if self.ties not in ("shared", "first"):
             raise ConfigError(f"scoring.ties={self.ties}: must be shared or first.")
-        common.check_interval(self.level, self.resamples)
+        if self.cluster not in ("row", "label"):
+            raise ConfigError(f"scoring.cluster={self.cluster}: must be row or label.")
+        common.check_settings(self.level, self.resamples, self.false_discovery, self.adjust)
 
     def check_bank(self, lost: Sequence[str]) -> list[str]:
         """Refuse measured labels that no public image has.
@@ -75,7 +87,8 @@ class LabelInference:
         """Score every row; a row that cannot be measured keeps its status and has no figures.
 
         Args:
-            rows: columns id, role, label, status: all rows of the roles measured.
+            rows: columns id, role, label, status, and weight where rows do not count alike: all rows of the roles
+                measured.
             target: evidence of the encoder under test, for rows of status ok.
             reference: evidence of the reference, for the same rows; a row where it has none becomes "no_evidence".
             name: of the reference.
@@ -92,10 +105,13 @@ class LabelInference:
             status=pl.when(lost).then(pl.lit(str(Status.NO_EVIDENCE))).otherwise("status"), reference=pl.lit(name)
         )
         columns = self._columns(used, target.take(used["id"].to_list()), reference.take(used["id"].to_list()))
-        joined = rows.join(
-            used.select("id").hstack(columns), on="id", how="left", validate="1:1", maintain_order="left"
+        weight = pl.col("weight") if "weight" in used.columns else pl.lit(1.0)
+        columns = used.select("id", weight=weight).hstack(columns)
+        others = [column for column in rows.columns if column != "weight"]
+        joined = rows.select(others).join(columns, on="id", how="left", validate="1:1", maintain_order="left")
+        return common.with_p_values(joined).select(
+            pl.col(column).cast(dtype) for column, dtype in tables.SCORES.items()
         )
-        return joined.select(pl.col(column).cast(dtype) for column, dtype in tables.SCORES.items())
 
     def _columns(self, used: pl.DataFrame, target: Evidence, reference: Evidence) -> pl.DataFrame:
         columns: dict[str, Any] = {}
@@ -137,18 +153,28 @@ class LabelInference:
             seed: of the bootstrap.
 
         Returns:
-            JSON-ready: per role accuracies and gaps, quadrants, curve; the corrected gap; with heldout rows, whose
-            target is the reference's encoder, the gap averaged over both directions; per class; planted truth.
+            JSON-ready: per role accuracies and gaps, quadrants, curve; the corrected gap, and the share of target rows
+            that it makes memorized; how many rows are listed; the smallest gaps that would show; with heldout rows,
+            whose target is the reference's encoder, the gap averaged over both directions; per class; planted truth.
         """
         draws = {
             role: self._draws(scores.filter(pl.col("role") == role), seed, role)
             for role in (Role.TARGET, Role.UNSEEN, Role.HELDOUT)
             if len(scores.filter(pl.col("role") == role))
         }
-        result: dict[str, Any] = {"roles": {str(role): self._role_figures(d) for role, d in draws.items()}}
-        if Role.UNSEEN in draws and draws[Role.UNSEEN]["gaps"].n_used:
-            corrected = draws[Role.TARGET]["gaps"] - draws[Role.UNSEEN]["gaps"]
-            result["corrected_gap"] = self._by_top_and_percent(corrected.estimates(self.level))
+        result: dict[str, Any] = {"roles": {str(role): self._role_figures(d, role) for role, d in draws.items()}}
+        target, unseen, corrected = draws[Role.TARGET], draws.get(Role.UNSEEN), None
+        if unseen and unseen["gaps"].n_used:
+            corrected = target["gaps"] - unseen["gaps"]
+            result["corrected_gap"] = self._by_top_and_percent(self._corrected(corrected, target, unseen))
+            result["rate"] = self._rate(corrected, target, unseen).as_dict()
+        widest = self.fractions.index(max(self.fractions))
+        result["power"] = common.power(
+            common.columns(target["gaps"], widest, widest + 1),
+            corrected and common.columns(corrected, widest, widest + 1),
+            self.level,
+        )
+        result["detected"] = common.detected(scores, self.false_discovery)
         if Role.HELDOUT in draws:
             both = common.mean_of(draws[Role.TARGET]["gaps"], draws[Role.HELDOUT]["gaps"])
             result["both_directions"] = self._by_top_and_percent(both.estimates(self.level))
@@ -161,7 +187,7 @@ class LabelInference:
             result["planted"] = common.planted(joined, means, self.level, self.resamples, seed)
         return result
 
-    def _draws(self, scores: pl.DataFrame, seed: int, role: str) -> dict[str, Draws]:
+    def _draws(self, scores: pl.DataFrame, seed: int, role: str) -> RoleDraws:
         """Bootstrap of one role. All statistics of a role see the same resamples, whatever the reference."""
         used = scores.filter(pl.col("status") == Status.OK).sort("id")
         values = {column: used[column].to_numpy() for column in used.columns if used[column].dtype != pl.String}
@@ -175,21 +201,21 @@ class LabelInference:
             correct = np.asarray(values[f"{who}_correct"])[:, None]
             parts[f"curve_{who}"] = metrics.TopMeans.of(correct, values[f"{who}_confidence"], curve)
         rng = provenance.rng(seed, f"bootstrap/{role}")
-        draws = statistics.bootstrap_together(parts, len(used), self.resamples, rng, len(scores) - len(used))
+        rows = Rows.of(values["weight"], used["label"].to_numpy() if self.cluster == "label" else None)
+        draws = statistics.bootstrap_together(parts, rows, self.resamples, rng, len(scores) - len(used))
         width = len(TOPS) * len(self.fractions)
         target = common.columns(draws["by_target"], 0, width)
         same_rows = common.columns(draws["by_target"], width, None)
         return {
             "target": target,
             "reference": draws["reference"],
+            "same_rows": same_rows,
             "gaps": common.paired(target, draws["reference"]),
-            "same_rows_gaps": common.paired(target, same_rows),
             "quadrants": common.columns(draws["means"], 0, len(metrics.QUADRANTS)),
             "memorization_confidence": common.columns(draws["means"], -2, -1),
             "memorization_score": common.columns(draws["means"], -1, None),
             "curve_target": draws["curve_target"],
             "curve_reference": draws["curve_reference"],
-            "curve_gap": common.paired(draws["curve_target"], draws["curve_reference"]),
         }
 
     def _accuracies(
@@ -211,22 +237,90 @@ class LabelInference:
         rows = iter(estimates)
         return {top: {percent: next(rows).as_dict() for percent in percents} for top in TOPS}
 
-    def _role_figures(self, draws: Mapping[str, Draws]) -> dict[str, Any]:
-        parts = {
-            name: self._by_top_and_percent(draws[source].estimates(self.level))
-            for name, source in (
-                ("target", "target"), ("reference", "reference"), ("gap", "gaps"), ("same_rows_gap", "same_rows_gaps"),
-            )
-        }  # fmt: skip
+    def _is_exact(self, role: str) -> bool:
+        """True where rows are drawn one by one and count alike, so that shares have exact intervals."""
+        return self.cluster == "row" and (role != Role.UNSEEN or self.adjust == "none")
+
+    def _shares(self, draws: Draws, fractions: Sequence[float], role: str) -> list[Estimate]:
+        """Shares of the rows at each fraction, once or for each of `TOPS`."""
+        found = draws.estimates(self.level)
+        if not self._is_exact(role):
+            return found
+        counts = [metrics.n_confident(draws.n_used, fraction) for fraction in fractions] if draws.n_used else [0]
+        result = []
+        for place, share in enumerate(found):
+            low, high = statistics.proportion(share.value, counts[place % len(counts)], self.level)
+            result.append(replace(share, low=low, high=high))
+        return result
+
+    def _differences(self, first: Draws, second: Draws, fractions: Sequence[float], role: str) -> list[Estimate]:
+        """Differences of such shares; of few rows from exact intervals."""
+        found = common.paired(first, second).estimates(self.level)
+        if not self._is_exact(role):
+            return found
+        shares = zip(self._shares(first, fractions, role), self._shares(second, fractions, role), strict=True)
+        return self._from_few(found, shares, [first.n_used], fractions)
+
+    def _corrected(self, corrected: Draws, target: RoleDraws, unseen: RoleDraws) -> list[Estimate]:
+        """The corrected gap for each of `TOPS` and fractions; of few rows from the intervals of both gaps."""
+        of_roles = [
+            self._differences(draws["target"], draws["reference"], self.fractions, role)
+            for role, draws in ((Role.TARGET, target), (Role.UNSEEN, unseen))
+        ]
+        n_used = [draws["gaps"].n_used for draws in (target, unseen)]
+        found = corrected.estimates(self.level)
+        exact = self._is_exact(Role.UNSEEN)
+        return self._from_few(found, zip(*of_roles, strict=True), n_used, self.fractions) if exact else found
+
+    def _from_few(
+        self,
+        found: Sequence[Estimate],
+        parts: Iterable[tuple[Estimate, Estimate]],
+        n_used: Sequence[int],
+        fractions: Sequence[float],
+    ) -> list[Estimate]:
+        """Differences, with intervals from those of their parts where few rows of a role are behind them."""
+        counts = [min(metrics.n_confident(n, fraction) if n else 0 for n in n_used) for fraction in fractions]
+        result = []
+        for place, (estimate, (first, second)) in enumerate(zip(found, parts, strict=True)):
+            if counts[place % len(counts)] < statistics.FEW_ROWS:
+                low, high = statistics.difference(first, second)
+                estimate = replace(estimate, low=low, high=high)
+            result.append(estimate)
+        return result
+
+    def _rate(self, corrected: Draws, target: RoleDraws, unseen: RoleDraws) -> Estimate:
+        """The share of target rows that memorization must make right for the corrected gap, top-1 of all rows.
+
+        What the encoder would have right without it is what it has right of unseen rows, and what the reference has
+        right of target rows more than of those; the corrected gap, over what is then still wrong, is the share.
+        """
+        place = self.fractions.index(max(self.fractions))
+        gap, *accuracies = (
+            common.columns(draws, place, place + 1)
+            for draws in (corrected, unseen["target"], target["reference"], unseen["reference"])
+        )
+        values = _share_of_wrong(gap.value, *(draws.value for draws in accuracies))
+        samples = _share_of_wrong(gap.samples, *(draws.samples for draws in accuracies))
+        return Draws(values, samples, gap.n_used, gap.n_excluded).estimates(self.level)[0]
+
+    def _role_figures(self, draws: RoleDraws, role: str) -> dict[str, Any]:
+        shares = {name: self._shares(draws[name], self.fractions, role) for name in ("target", "reference")}
+        differences = {
+            name: self._differences(draws["target"], draws[other], self.fractions, role)
+            for name, other in (("gap", "reference"), ("same_rows_gap", "same_rows"))
+        }
+        parts = {name: self._by_top_and_percent(found) for name, found in (shares | differences).items()}
         result: dict[str, Any] = {
             top: {percent: {name: part[top][percent] for name, part in parts.items()} for percent in parts["gap"][top]}
             for top in TOPS
         }
-        shares = draws["quadrants"].estimates(self.level)
-        result["quadrants"] = {name: shares[place].as_dict() for place, name in enumerate(metrics.QUADRANTS)}
+        quadrants = self._shares(draws["quadrants"], [1.0], role)
+        result["quadrants"] = {name: quadrants[place].as_dict() for place, name in enumerate(metrics.QUADRANTS)}
         for name in ("memorization_confidence", "memorization_score"):
             result[name] = draws[name].estimates(self.level)[0].as_dict()
-        gaps = draws["curve_gap"].estimates(self.level)
+        curve = [percent / 100 for percent in CURVE_PERCENT]
+        gaps = self._differences(draws["curve_target"], draws["curve_reference"], curve, role)
         result["curve"] = {
             "percent": list(CURVE_PERCENT),
             "target": _plain(draws["curve_target"].value),
@@ -265,6 +359,12 @@ class LabelInference:
         corrected = figures.get("corrected_gap", {}).get("top1", {}).get(top)
         said = common.Wording(f"the encoder beats {reference} by", " and by")
         return common.verdict(gaps, corrected, said, self.level, random=random)
+
+
+def _share_of_wrong(gap: FloatArray, unseen: FloatArray, reference: FloatArray, other: FloatArray) -> FloatArray:
+    """A gap over what is wrong without it; NaN where nothing is."""
+    wrong = 1 - (unseen + reference - other)
+    return np.asarray(gap / np.where(wrong > 0, wrong, np.nan))
 
 
 def _mean_columns(used: pl.DataFrame) -> FloatArray:

@@ -15,7 +15,7 @@ from dejavu_exp import metrics, provenance, statistics, tables
 from dejavu_exp.errors import ConfigError
 from dejavu_exp.evidence import Evidence
 from dejavu_exp.scoring import common
-from dejavu_exp.statistics import Draws
+from dejavu_exp.statistics import Draws, Rows
 from dejavu_exp.tables import PREDICTIONS, BoolArray, FloatArray, IntArray, Role, Status
 
 WHO = ("target", "reference")
@@ -138,6 +138,8 @@ class ObjectInference:
             and mean recall with 1e-5 in the divisor, and their histogram areas are given.
         level: of the intervals.
         resamples: of the bootstrap.
+        adjust: as in `LabelInference`; likewise the other.
+        false_discovery: expected share of false ones among the target rows that are listed as memorized.
     """
 
     predictions: tuple[str, ...] = PREDICTIONS
@@ -146,6 +148,8 @@ class ObjectInference:
     compat: Literal["corrected", "authors"] = "corrected"
     level: float = 0.95
     resamples: int = 1000
+    adjust: Literal["none", "weight", "match"] = "none"
+    false_discovery: float = 0.1
     infers: ClassVar[str] = "objects"
     needs_tags: ClassVar[bool] = True
     fractions: ClassVar[tuple[float, ...]] = (1.0,)
@@ -168,7 +172,7 @@ class ObjectInference:
             )
         if self.compat not in ("corrected", "authors"):
             raise ConfigError(f"scoring.compat={self.compat}: must be corrected or authors.")
-        common.check_interval(self.level, self.resamples)
+        common.check_settings(self.level, self.resamples, self.false_discovery, self.adjust)
 
     @property
     def headline(self) -> str:
@@ -193,7 +197,8 @@ class ObjectInference:
         """Score every row; a row that cannot be measured keeps or gets a status and has no figures.
 
         Args:
-            rows: columns id, role, label, status, truth (repeated objects count once): all rows of the roles measured.
+            rows: columns id, role, label, status, truth (repeated objects count once), and weight where rows do not
+                count alike: all rows of the roles measured.
             target: evidence of the encoder under test, for rows of status ok.
             reference: evidence of the reference, for the same rows; a row where one of the two has none becomes
                 "no_evidence", and a row without true objects "no_objects".
@@ -228,7 +233,11 @@ class ObjectInference:
             .with_columns(status=pl.coalesce("why", "status"))
             .hstack(_spread(found, is_used))
         )
-        return joined.select(pl.col(column).cast(dtype) for column, dtype in tables.OBJECT_SCORES.items())
+        weight = rows["weight"] if "weight" in rows.columns else pl.Series([1.0]).new_from_index(0, len(rows))
+        joined = joined.with_columns(weight=pl.when(pl.Series(is_used)).then(weight))
+        return common.with_p_values(joined).select(
+            pl.col(column).cast(dtype) for column, dtype in tables.OBJECT_SCORES.items()
+        )
 
     def _columns(self, used: pl.DataFrame, target: Evidence, reference: Evidence) -> pl.DataFrame:
         truth = _flat(used["objects"])
@@ -292,8 +301,9 @@ class ObjectInference:
 
         Returns:
             JSON-ready: per role and prediction precision, recall, F and their gaps, quadrants and fine-grained figures;
-            the gaps corrected by unseen rows; with heldout rows, whose target is the reference's encoder, the gaps
-            averaged over both directions; per object; planted truth.
+            the gaps corrected by unseen rows; how many rows are listed; the smallest PRG that would show; with heldout
+            rows, whose target is the reference's encoder, the gaps averaged over both directions; per object; planted
+            truth.
         """
         used, held, draws = {}, {}, {}
         for role in (Role.TARGET, Role.UNSEEN, Role.HELDOUT):
@@ -303,9 +313,13 @@ class ObjectInference:
                 held[role] = _Held.of(used[role])
                 draws[role] = self._draws(used[role], held[role], len(of_role), seed, role)
         result: dict[str, Any] = {"roles": {str(role): self._role_figures(draws[role], used[role]) for role in draws}}
+        corrected: RoleDraws = {}
         if Role.UNSEEN in draws and len(used[Role.UNSEEN]):
             corrected = {name: draws[Role.TARGET][name] - draws[Role.UNSEEN][name] for name in self._gap_names()}
             result["corrected"] = {name: self._gaps(corrected, name) for name in self.predictions}
+        headline = f"{self.headline}/prg"
+        result["power"] = common.power(draws[Role.TARGET][headline], corrected.get(headline), self.level)
+        result["detected"] = common.detected(scores, self.false_discovery)
         if Role.HELDOUT in draws and len(used[Role.HELDOUT]):
             first, second = draws[Role.TARGET], draws[Role.HELDOUT]
             both = {name: common.mean_of(first[name], second[name]) for name in self._gap_names()}
@@ -333,7 +347,8 @@ class ObjectInference:
             return np.hstack([part(weights) for part in parts])
 
         rng = provenance.rng(seed, f"bootstrap/{role}")
-        draws = statistics.bootstrap(together, len(used), self.resamples, rng, n_rows - len(used))
+        rows = Rows.of(used["weight"].to_numpy())
+        draws = statistics.bootstrap(together, rows, self.resamples, rng, n_rows - len(used))
         names = [*columns, *(name for ranking, _ in selections for name in self._selected_names(ranking))]
         n_used = [*np.isfinite(means).sum(axis=0)]
         for _, chosen in selections:
