@@ -229,6 +229,19 @@ def resample_groups(counts: IntArray, resamples: int, rng: np.random.Generator) 
     return rng.multinomial(rows, counts / rows[:, None], size=(resamples, len(rows)))
 
 
+def correlations(first: Draws, second: Draws) -> FloatArray:
+    """How two figures on the same resamples move together, shape (K,), from -1 to 1; 0 where one of them does not move.
+
+    >>> samples = np.array([[0.0], [1.0], [2.0]])
+    >>> one = Draws(np.zeros(1), samples, 3, 0)
+    >>> correlations(one, Draws(np.zeros(1), -samples, 3, 0)).round(3).tolist()
+    [-1.0]
+    """
+    one, other = (draws.samples - draws.samples.mean(axis=0) for draws in (first, second))
+    spread = np.sqrt((one**2).sum(axis=0) * (other**2).sum(axis=0))
+    return np.asarray((one * other).sum(axis=0) / np.where(spread > 0, spread, np.inf))
+
+
 def proportion(share: float, n_used: float, level: float) -> tuple[float, float]:
     """The exact interval of a share of rows, which holds the truth at least as often as `level` says.
 
@@ -256,22 +269,30 @@ def proportion(share: float, n_used: float, level: float) -> tuple[float, float]
     return float(low), float(high)
 
 
-def difference(first: Estimate, second: Estimate) -> tuple[float, float]:
-    """The interval of the difference of two figures from the intervals of both, as if they were independent.
+def difference(first: Estimate, second: Estimate, correlation: float = 0.0) -> tuple[float, float]:
+    """The interval of the difference of two figures from the intervals of both.
 
     Where few rows are behind a figure a bootstrap says too little: of five rows that are all right, every resample is.
     The ends of exact intervals do not have this fault, and these are made from them.
 
-    Source: Newcombe, Statistics in Medicine 17 (1998), method 10; Zou and Donner, ibid. 27 (2008).
+    Source: Newcombe, Statistics in Medicine 17 (1998), method 10; Zou and Donner, ibid. 27 (2008), with correlation.
+
+    Args:
+        first: less
+        second: this.
+        correlation: of the two figures, where they are of the same rows.
 
     >>> low, high = difference(Estimate(1.0, 0.5, 1.0, 5, 0), Estimate(0.2, 0.0, 0.7, 5, 0))
     >>> round(low, 2), round(high, 2)
     (0.09, 1.0)
     """
     value = first.value - second.value
-    low = value - math.hypot(first.value - first.low, second.high - second.value)
-    high = value + math.hypot(first.high - first.value, second.value - second.low)
-    return low, high
+
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(max(one**2 - 2 * correlation * one * other + other**2, 0))
+
+    low = value - reach(first.value - first.low, second.high - second.value)
+    return low, value + reach(first.high - first.value, second.value - second.low)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -366,7 +387,9 @@ def conformal_p_values(scores: FloatArray, null: FloatArray, weights: FloatArray
     weights = np.ones(len(null)) if weights is None else weights
     # How much of the null is at least as large as what stands at a place, and nothing past the last.
     above = np.append(np.cumsum(weights[order][::-1])[::-1], 0.0)
-    return np.asarray((1 + above[np.searchsorted(null[order], scores)]) / (1 + weights.sum()))
+    as_large = above[np.searchsorted(null[order], scores)]
+    # Sums of weights in another order may differ by rounding.
+    return np.asarray(np.minimum((1 + as_large) / (1 + weights.sum()), 1.0))
 
 
 def false_discovery(p_values: FloatArray) -> FloatArray:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from scipy.stats import binom, pearsonr, rankdata, spearmanr
+from scipy.stats import binom, binomtest, pearsonr, rankdata, spearmanr
 from sklearn.metrics import cohen_kappa_score, jaccard_score
 
 from dejavu_exp import agreement, metrics, provenance, statistics, tables
@@ -41,6 +41,7 @@ def scores(n_rows: int = 60, references: tuple[str, ...] = ("one", "two"), seed:
                 )
             )
     found = pl.concat(frames)
+    found = found.with_columns(weight=pl.lit(1.0))
     missing = [pl.lit(None, dtype).alias(name) for name, dtype in tables.SCORES.items() if name not in found.columns]
     return found.with_columns(missing).select(list(tables.SCORES))
 
@@ -119,6 +120,39 @@ def test_intervals_are_those_of_a_bootstrap_row_by_row() -> None:
         assert [estimate["low"], estimate["high"]] == pytest.approx(np.quantile(values, [0.05, 0.95]).tolist())
 
 
+def test_mcnemars_test_counts_the_rows_that_tell_two_references_apart() -> None:
+    frame = scores(references=("one", "two", "three"))
+    pairs = compare(frame)["pairs"]
+    right = {name: column(frame, "reference_correct", name).astype(bool) for name in ("one", "two", "three")}
+    for pair in pairs:
+        first, second = right[pair["first"]], right[pair["second"]]
+        only = [int((first & ~second).sum()), int((second & ~first).sum())]
+        assert [pair["mcnemar"][key] for key in ("only_first", "only_second")] == only
+        assert pair["mcnemar"]["p_value"] == pytest.approx(binomtest(only[0], sum(only)).pvalue)
+    smallest = min(pairs, key=lambda pair: pair["mcnemar"]["p_value"])["mcnemar"]
+    assert smallest["p_holm"] == pytest.approx(min(1, 3 * smallest["p_value"]))
+
+
+def test_weights_of_unseen_rows_and_whole_classes_decide_the_corrected_difference() -> None:
+    frame = scores()
+    heavy = pl.when(pl.col("label") == "fox").then(1.5).otherwise(0.5)
+    weighted = frame.with_columns(weight=pl.when(pl.col("role") == "unseen").then(heavy).otherwise(1.0))
+    (plain,), (pair,) = compare(frame)["pairs"], compare(weighted)["pairs"]
+    assert pair["target"] == plain["target"]
+    weights = column(weighted, "weight", "one", "unseen")
+    means = [np.average(column(frame, "reference_correct", name, "unseen"), weights=weights) for name in ("one", "two")]
+    assert pair["unseen"]["100"]["value"] == pytest.approx(means[1] - means[0])
+    # Two classes that are drawn whole: a resample holds one of them or both.
+    (classes,) = agreement.compare_references(frame, (1.0,), 0.9, 200, 0, by_label=True)["pairs"]
+    gaps = [
+        column(frame.filter(pl.col("label").is_in(labels)), "reference_correct", name).mean()
+        for labels in (["fox"], ["boat"])
+        for name in ("two", "one")
+    ]
+    ends = sorted([gaps[0] - gaps[1], gaps[2] - gaps[3]])
+    assert [classes["target"]["100"][end] for end in ("low", "high")] == pytest.approx(ends)
+
+
 def test_a_reference_agrees_with_itself() -> None:
     frame = scores(references=("one",))
     twin = pl.concat([frame, frame.with_columns(reference=pl.lit("twin"))])
@@ -181,7 +215,11 @@ def test_pairs_that_judge_different_rows_keep_their_own() -> None:
     found, whole = compare(partial)["pairs"], compare(frame)["pairs"]
     assert found[1] == whole[1]
     for place, names in ((0, ("one", "two")), (2, ("two", "three"))):
-        assert found[place] == compare(partial.filter(pl.col("reference").is_in(names)))["pairs"][0]
+        (alone,) = compare(partial.filter(pl.col("reference").is_in(names)))["pairs"]
+        # The p-value alone depends on how many pairs there are.
+        adjusted = [pair["mcnemar"].pop("p_holm") for pair in (found[place], alone)]
+        assert adjusted[0] >= adjusted[1]
+        assert found[place] == alone
         assert found[place]["corrected"]["100"]["n_used"] == 118
         assert found[place]["corrected"]["100"]["n_excluded"] == 2
 

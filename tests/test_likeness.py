@@ -38,9 +38,9 @@ def rows_and_answers(seed: int, *, easier: float = 0.0, larger: float = 0.0, tag
     return rows, evidence.from_probabilities(rows["id"].to_list(), LABELS, chance)
 
 
-def compared(adjust: str = "none", **differences: float) -> likeness.Likeness:
+def compared(**differences: float) -> likeness.Likeness:
     rows, answers = rows_and_answers(0, **differences)
-    found = likeness.compare(rows, answers, adjust, 0.95, 0)
+    found = likeness.compare(rows, answers, "none", 0.95, 0)
     assert found is not None
     return found
 
@@ -80,7 +80,10 @@ def test_other_classes_are_found() -> None:
 
 def test_p_values_of_rows_drawn_alike_are_uniform() -> None:
     """As often below 20 % as 20 % says; the classifier's may be so less often, which its docstring allows."""
-    drawn = [likeness.compare(*rows_and_answers(seed), "none", 0.95, seed) for seed in range(60)]
+    drawn = [
+        likeness.compare(rows, answers, "none", 0.95, seed)
+        for seed, (rows, answers) in enumerate(map(rows_and_answers, range(60)))
+    ]
     p_values = np.array([[test["p_value"] for test in found.tests] for found in drawn if found])
     below = (p_values < 0.2).sum(axis=0)
     # 3 and 21 of 60 are the 0.1 % and 99.9 % points of a binomial number with 20 %.

@@ -62,8 +62,12 @@ def test_a_model_as_its_own_reference_scores_exactly_zero() -> None:
     scores, found = figures(rows, same, same)
     for role in ("target", "unseen"):
         for top in ("top1", "top5"):
-            gap = found["roles"][role][top]["20"]["gap"]
+            gap = found["roles"][role][top]["100"]["gap"]
             assert (gap["value"], gap["low"], gap["high"]) == (0.0, 0.0, 0.0)
+            few = found["roles"][role][top]["20"]["gap"]
+            assert few["value"] == 0.0
+            # Twenty rows cannot prove so much; that the two are right together still counts.
+            assert -0.2 < few["low"] <= 0.0 <= few["high"] < 0.2
     assert scores["memorization_score"].abs().max() == 0.0
     assert "no memorization" in SCORING.verdict(found, "r", random=False).lower()
 
@@ -89,6 +93,97 @@ def test_null_runs_are_silent_at_the_level_of_the_interval() -> None:
         _, found = figures(rows, guess(rows, rng.random(200) < 0.4), guess(rows, rng.random(200) < 0.4))
         false_alarms += SCORING.verdict(found, "r", random=False).startswith("Memorization is shown")
     assert false_alarms <= 6
+
+
+def test_rows_that_are_memorized_are_listed_and_hardly_any_other() -> None:
+    """Forty of 400 target rows are surer than any unseen row can be; the list may hold a tenth of others."""
+    rows = rows_of(400, 400)
+    rng = np.random.default_rng(0)
+    planted = np.arange(800) < 40
+    sure = np.where(planted, 0.99, rng.uniform(0.3, 0.9, 800))
+    target = guess(rows, planted | (rng.random(800) < 0.4), sure)
+    scores, found = figures(rows, target, guess(rows, np.zeros(800, dtype=bool)))
+    listed = scores.filter(pl.col("q_value") <= 0.1)
+    assert set(rows["id"][:40]) <= set(listed["id"])
+    assert len(listed) <= 40 / 0.8
+    assert found["detected"] == {
+        "rate": 0.1, "n": len(listed), "n_tested": 400, "n_null": 400, "smallest_p": pytest.approx(1 / 401),
+    }  # fmt: skip
+    assert scores.filter(role="unseen")["p_value"].null_count() == 400
+
+
+def test_a_row_without_a_score_is_below_all() -> None:
+    rows = rows_of(60, 60)
+    rng = np.random.default_rng(0)
+    scoring = LabelInference(resamples=100, memorization_score="entropy")
+    scores, _ = figures(rows, guess(rows, rng.random(120) < 0.5), guess(rows, rng.random(120) < 0.5), scoring)
+    without = scores.filter(pl.col("role") == "target", pl.col("memorization_score").is_null())
+    assert len(without) > 10
+    assert set(without["p_value"]) == {1.0}
+
+
+def test_without_unseen_rows_no_row_has_a_p_value() -> None:
+    rows = rows_of(20, 0)
+    scores, found = figures(rows, guess(rows, np.ones(20, dtype=bool)), guess(rows, np.zeros(20, dtype=bool)))
+    assert scores["p_value"].null_count() == 20
+    assert found["detected"] is None
+    assert found["power"]["corrected_gap"] is None
+    assert found["power"]["gap"] == 0.0
+
+
+def test_the_share_of_memorized_rows_is_recovered() -> None:
+    """Of rows that the encoder would name half of, a fifth is memorized: the gap is a tenth, the rate a fifth."""
+    rows = rows_of(4000, 4000)
+    rng = np.random.default_rng(0)
+    planted = np.arange(8000) < 800
+    target = guess(rows, planted | (rng.random(8000) < 0.5))
+    _, found = figures(rows, target, guess(rows, rng.random(8000) < 0.3))
+    assert found["rate"]["low"] < 0.2 < found["rate"]["high"]
+    assert found["rate"]["value"] == pytest.approx(2 * found["corrected_gap"]["top1"]["100"]["value"], rel=0.1)
+    assert found["power"]["corrected_gap"] == pytest.approx(2.8 * np.sqrt((0.46 + 0.46) / 4000), rel=0.2)
+
+
+def test_shares_have_exact_intervals() -> None:
+    from scipy.stats import binomtest
+
+    rows = rows_of(100, 100)
+    _, found = figures(rows, guess(rows, np.ones(200, dtype=bool)), guess(rows, np.arange(200) % 5 == 0))
+    cells = found["roles"]["target"]["top1"]
+    exact = binomtest(20, 100).proportion_ci(0.95, "exact")
+    assert (cells["100"]["reference"]["low"], cells["100"]["reference"]["high"]) == pytest.approx(tuple(exact))
+    # Five rows that are all right do not prove that all are.
+    low = binomtest(5, 5).proportion_ci(0.95, "exact").low
+    assert cells["5"]["target"]["low"] == pytest.approx(low)
+    assert cells["5"]["gap"]["low"] < cells["100"]["gap"]["low"]
+
+
+def test_unseen_rows_count_as_much_as_their_weights_say() -> None:
+    rows = rows_of(100, 100)
+    right = np.arange(200) % 2 == 0
+    heavy = np.where(np.arange(200) < 100, 1.0, np.where(right, 1.6, 0.4))
+    scoring = LabelInference(resamples=300, adjust="weight")
+    weighted = rows.with_columns(weight=heavy)
+    scores, found = figures(weighted, guess(rows, right), guess(rows, np.zeros(200, dtype=bool)), scoring)
+    assert found["roles"]["unseen"]["top1"]["100"]["target"]["value"] == pytest.approx(0.8)
+    assert found["roles"]["unseen"]["quadrants"]["memorized"]["value"] == pytest.approx(0.8)
+    assert found["corrected_gap"]["top1"]["100"]["value"] == pytest.approx(0.5 - 0.8)
+    # A score that half of the rows reach, which count 0.8 of all.
+    of_right = scores.filter(pl.col("role") == "target", pl.col("target_correct"))["p_value"]
+    np.testing.assert_allclose(of_right.to_numpy(), (1 + 80) / 101)
+
+
+def test_whole_classes_are_drawn_where_that_is_asked() -> None:
+    """The encoder knows two of four classes whole: with classes drawn, that is all that is known of its accuracy."""
+    rows = rows_of(400, 400)
+    knows = rows["label"].is_in(["a", "b"]).to_numpy()
+    answers = guess(rows, knows), guess(rows, np.zeros(800, dtype=bool))
+    gaps = {
+        cluster: figures(rows, *answers, LabelInference(resamples=500, cluster=cluster))[1]["roles"]["target"]["top1"]
+        for cluster in ("row", "label")
+    }
+    assert gaps["row"]["100"]["gap"]["high"] < 0.56
+    assert gaps["label"]["100"]["gap"]["low"] == 0.0
+    assert gaps["label"]["100"]["gap"]["high"] == 1.0
 
 
 def test_without_unseen_rows_the_verdict_says_what_the_raw_gap_may_contain() -> None:

@@ -259,7 +259,8 @@ class LabelInference:
         if not self._is_exact(role):
             return found
         shares = zip(self._shares(first, fractions, role), self._shares(second, fractions, role), strict=True)
-        return self._from_few(found, shares, [first.n_used], fractions)
+        together = statistics.correlations(first, second)
+        return self._from_few(found, shares, [first.n_used], fractions, together)
 
     def _corrected(self, corrected: Draws, target: RoleDraws, unseen: RoleDraws) -> list[Estimate]:
         """The corrected gap for each of `TOPS` and fractions; of few rows from the intervals of both gaps."""
@@ -278,13 +279,15 @@ class LabelInference:
         parts: Iterable[tuple[Estimate, Estimate]],
         n_used: Sequence[int],
         fractions: Sequence[float],
+        correlations: FloatArray | None = None,
     ) -> list[Estimate]:
         """Differences, with intervals from those of their parts where few rows of a role are behind them."""
         counts = [min(metrics.n_confident(n, fraction) if n else 0 for n in n_used) for fraction in fractions]
         result = []
         for place, (estimate, (first, second)) in enumerate(zip(found, parts, strict=True)):
             if counts[place % len(counts)] < statistics.FEW_ROWS:
-                low, high = statistics.difference(first, second)
+                together = 0.0 if correlations is None else float(correlations[place])
+                low, high = statistics.difference(first, second, together)
                 estimate = replace(estimate, low=low, high=high)
             result.append(estimate)
         return result
