@@ -38,11 +38,10 @@ def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         encoder = encoder or stages.train(plan, lessons)
     with clock.stage("embeddings"):
         views, queries, bank = stages.embed(plan, views, encoder)
-        measured = views.measured()
     with clock.stage("neighbours"):
         near = neighbours.search(queries, bank, plan.probe.k, plan.probe.metric, **plan.trainer.search_settings)
-        truth = views.public()["truth"]
-        target = neighbours.infer(measured["id"].to_list(), near, truth, views.labels(), plan.probe.ties)
+        measured, public = views.measured(), views.public()
+        target = neighbours.infer(measured["id"].to_list(), near, public["truth"], views.labels(), plan.probe.ties)
     inputs = stages.reference_inputs(plan, views, encoder, target, lessons)
     scores, measures, nearest, alike = {}, {}, {}, None
     for name, reference in plan.references.items():
@@ -54,6 +53,8 @@ def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
             alike = alike or stages.likely(plan, views, name, found)
             scores[name] = stages.score(plan, views, alike, target, found, other, name)
             measures[name] = plan.scoring.figures(scores[name], views.rows, plan.seed)
+        with clock.stage(f"reference_seeds/{name}"):
+            measures[name]["seeds"] = stages.over_seeds(plan, views, alike, inputs, name, measures[name])
     everything = pl.concat(scores.values())
     with clock.stage("agreement"):
         agreed, correlated = stages.agree(plan, views, everything)
@@ -63,7 +64,7 @@ def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     shown = gallery.most_memorized(
         scores[facts["headline"]],
         measured,
-        views.public(),
+        public,
         near,
         views.manifest,
         views.rows,

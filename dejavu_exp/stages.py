@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from statistics import stdev
 from typing import Any
 
 import polars as pl
@@ -26,6 +27,7 @@ from dejavu_exp.references.base import OtherDirection, Reference, ReferenceInput
 from dejavu_exp.references.floors import LabelShuffle
 from dejavu_exp.references.naive_bayes import NaiveBayes
 from dejavu_exp.scoring import LabelInference, ObjectInference
+from dejavu_exp.scoring.common import LEAST_RESAMPLES
 from dejavu_exp.shards import Embeddings
 from dejavu_exp.splits import Split
 from dejavu_exp.tables import Role, Status
@@ -54,6 +56,11 @@ class Plan:
     tracking: WandbTracking
     seed: int
     gallery: int
+    reference_seeds: int
+
+    def __post_init__(self) -> None:
+        if self.reference_seeds < 1:
+            raise ConfigError(f"reference_seeds={self.reference_seeds}: must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -374,6 +381,40 @@ def score(
     lost = (pl.col("status") == Status.OK) & ~pl.col("id").is_in(other.rows["id"].implode())
     heldout = heldout.with_columns(status=pl.when(lost).then(pl.lit(str(Status.NO_EVIDENCE))).otherwise("status"))
     return pl.concat([scores, plan.scoring.score(heldout, other.target, other.reference, name)])
+
+
+def over_seeds(
+    plan: Plan, views: Views, alike: Likeness | None, inputs: ReferenceInputs, name: str, figures: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """How the gaps to a reference vary with the seed that it is made with; None where there is one seed.
+
+    The split and the encoder under test stay. Intervals hold the chance of the rows, this is the chance of the
+    reference; one that nothing random is in does not vary.
+
+    Returns:
+        `gap` and `corrected_gap`, each with its `values`, the configured seed's first, and their standard `deviation`.
+    """
+    if plan.reference_seeds == 1:
+        return None
+    told = [figures]
+    # Values are what is asked for, and they need no resamples.
+    scoring = replace(plan.scoring, resamples=LEAST_RESAMPLES)
+    for number in range(1, plan.reference_seeds):
+        seed = provenance.hash_order(plan.seed, "reference", str(number)) % 2**31
+        training = replace(inputs.training, seed=seed, folders={}, waits={})
+        found = plan.references[name].evidence(replace(inputs, seed=seed, training=training))
+        scores = score(plan, views, alike, inputs.target, found, None, name)
+        told.append(scoring.figures(scores, views.rows.select("id"), plan.seed))
+    estimates = [plan.scoring.headline_gaps(found) for found in told]
+    values = {
+        "gap": [gaps[Role.TARGET]["value"] for gaps, _ in estimates],
+        "corrected_gap": [corrected["value"] for _, corrected in estimates if corrected],
+    }
+    return {
+        key: {"values": found, "deviation": stdev(found)}
+        for key, found in values.items()
+        if len(found) > 1 and None not in found
+    }
 
 
 def agree(plan: Plan, views: Views, scores: pl.DataFrame) -> tuple[dict[str, Any], pl.DataFrame]:

@@ -106,3 +106,37 @@ def test_training_is_not_repeated_and_its_cost_is_told(side_by_side: Finished) -
     seconds = side_by_side.figures()["run"]["seconds"]
     assert seconds["references/two_model"] > seconds["references/naive_bayes"]
     assert seconds["encoder"] > 1
+
+
+STRONG = (
+    "dataset.train_per_class=280", "split.shared=100", "reference=[naive_bayes_top1,class_prior]", "utility=none",
+    "gallery=0",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def strong(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """An encoder that was trained on a thousand other images, and on no target row."""
+    done = measure(tmp_path_factory.mktemp("strong"), *STRONG, "model.roles=[shared]", timeout=900)
+    assert done.code == 0, done.stderr
+    return done
+
+
+def test_knowing_better_than_a_weak_reference_is_not_called_memorization(strong: Finished) -> None:
+    for name, found in strong.figures()["references"].items():
+        raw, corrected = found["roles"]["target"]["top1"]["100"]["gap"], found["corrected_gap"]["top1"]["100"]
+        assert raw["low"] > 0, name
+        assert corrected["low"] <= 0 <= corrected["high"], name
+        assert found["verdict"].startswith("No memorization is shown"), name
+
+
+def test_the_same_encoder_trained_further_on_the_target_rows_has_memorized_them(
+    strong: Finished, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    (weights,) = (strong.folder / "cache").rglob("network.safetensors")
+    tuned = ("model.roles=[target]", f"model.network.weights={weights}")
+    done = measure(tmp_path_factory.mktemp("tuned"), *STRONG, *tuned, timeout=900)
+    assert done.code == 0, done.stderr
+    for name, found in done.figures()["references"].items():
+        assert found["corrected_gap"]["top1"]["100"]["low"] > 0, name
+        assert found["verdict"].startswith("Memorization is shown"), name

@@ -14,6 +14,7 @@ from dejavu_exp.errors import ConfigError
 from dejavu_exp.statistics import Draws
 from dejavu_exp.tables import Estimate, FloatArray, IntArray, Role, Status
 
+LEAST_RESAMPLES = 100
 ADJUSTMENTS = ("none", "weight", "match")
 
 
@@ -29,8 +30,10 @@ def check_settings(level: float, resamples: int, false_discovery: float, adjust:
         raise ConfigError(f"scoring.adjust={adjust}: must be one of {', '.join(ADJUSTMENTS)}.")
     if not 0 < level < 1:
         raise ConfigError(f"scoring.level={level}: must lie between 0 and 1, e.g. 0.95.")
-    if resamples < 100:
-        raise ConfigError(f"scoring.resamples={resamples}: must be at least 100 for an interval to mean anything.")
+    if resamples < LEAST_RESAMPLES:
+        raise ConfigError(
+            f"scoring.resamples={resamples}: must be at least {LEAST_RESAMPLES} for an interval to mean anything."
+        )
 
 
 def with_p_values(scores: pl.DataFrame) -> pl.DataFrame:

@@ -355,11 +355,15 @@ class LabelInference:
         )
         return [{"label": label, **found} for label, found in zip(table["label"], estimates, strict=True)]
 
-    def verdict(self, figures: Mapping[str, Any], reference: str, *, random: bool) -> str:
-        """One sentence: what the figures show, and what they do not."""
+    def headline_gaps(self, figures: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+        """What the verdict rests on: the gap of each role, and the corrected one, None where undefined."""
         top = metrics.percent_key(max(self.fractions))
         gaps = {role: found["top1"][top]["gap"] for role, found in figures["roles"].items()}
-        corrected = figures.get("corrected_gap", {}).get("top1", {}).get(top)
+        return gaps, figures.get("corrected_gap", {}).get("top1", {}).get(top)
+
+    def verdict(self, figures: Mapping[str, Any], reference: str, *, random: bool) -> str:
+        """One sentence: what the figures show, and what they do not."""
+        gaps, corrected = self.headline_gaps(figures)
         said = common.Wording(f"the encoder beats {reference} by", " and by")
         return common.verdict(gaps, corrected, said, self.level, random=random)
 

@@ -521,10 +521,14 @@ class ObjectInference:
         ]
         return sorted(found, key=lambda one: (-one["gap"]["value"], one["object"]))
 
+    def headline_gaps(self, figures: Mapping[str, Any]) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+        """What the verdict rests on: the PRG of each role, and the corrected one, None where undefined."""
+        gaps = {role: found[self.headline]["gap"] for role, found in figures["roles"].items()}
+        return gaps, figures.get("corrected", {}).get(self.headline, {}).get("gap")
+
     def verdict(self, figures: Mapping[str, Any], reference: str, *, random: bool) -> str:
         """One sentence: what the figures show, and what they do not."""
-        gaps = {role: found[self.headline]["gap"] for role, found in figures["roles"].items()}
-        corrected = figures.get("corrected", {}).get(self.headline, {}).get("gap")
+        gaps, corrected = self.headline_gaps(figures)
         more = (
             f"the share of rows where the encoder finds more of the objects than {reference}, less the share where it"
         )
