@@ -58,6 +58,32 @@ def test_the_same_command_gives_the_same_figures(small: Finished, tmp_path: Path
     assert without_times(again.figures()) == without_times(small.figures())
 
 
+def test_unseen_rows_are_compared_and_weighted_and_references_made_twice(small: Finished, tmp_path: Path) -> None:
+    more = ("reference=[naive_bayes,class_prior]", "reference_seeds=2", "scoring.adjust=match", "scoring.cluster=label")
+    done = measure(tmp_path, *SMALL, *more, cache=small.folder / "cache")
+    assert done.code == 0, done.stderr
+    figures, plain = done.figures(), small.figures()
+    likeness = figures["likeness"]
+    # Eight rows a class and role: too few for the classes to differ, enough for the others to be tested.
+    assert {"class balance", "box size", "crop size", "background tags", "two-sample classifier"} == {
+        test["name"] for test in likeness["tests"]
+    }
+    assert likeness["adjust"] == "match"
+    assert 1 <= likeness["effective_unseen"] < plain["likeness"]["effective_unseen"] == 24
+    weights = done.scores().filter(pl.col("role") == "unseen", pl.col("status") == "ok").group_by("reference")
+    assert weights.agg(pl.col("weight").mean())["weight"].to_list() == pytest.approx([1.0] * len(figures["references"]))
+    assert figures["coverage"]["usable rows"] == {"target": 24, "unseen": 24}
+    for name, found in figures["references"].items():
+        gap = found["roles"]["target"]["top1"]["100"]["gap"]
+        assert len(found["seeds"]["gap"]["values"]) == 2
+        assert found["seeds"]["gap"]["values"][0] == gap["value"], name
+    # Target rows count alike, whatever unseen rows do; only their draws are of classes here.
+    prior, before = (run["references"]["class_prior"] for run in (figures, plain))
+    assert prior["seeds"]["gap"]["deviation"] == 0
+    gaps = [found["roles"]["target"]["top1"]["100"]["gap"]["value"] for found in (prior, before)]
+    assert gaps[0] == gaps[1]
+
+
 def test_the_resolved_configuration_is_kept_and_runs(small: Finished) -> None:
     import yaml
 
