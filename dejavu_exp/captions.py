@@ -9,7 +9,7 @@ import polars as pl
 
 from dejavu_exp import provenance
 from dejavu_exp.errors import ConfigError
-from dejavu_exp.tables import Status
+from dejavu_exp.tables import NEVER_SHOWN, Status
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Caption:
             texts=pl.Series(texts, dtype=pl.List(pl.String)),
             **{name: pl.lit(None, dtype=pl.Int32) for name in ("xmin", "ymin", "xmax", "ymax")},
         )
-        lost, silent = pl.col("status") == Status.UNREADABLE, pl.col("texts").is_null()
+        lost, silent = pl.col("status").is_in(list(NEVER_SHOWN)), pl.col("texts").is_null()
         status = pl.when(silent).then(pl.lit(str(Status.NO_CAPTION))).otherwise(pl.lit(str(Status.OK)))
         detail = pl.when(silent).then(pl.lit("the row has no caption")).otherwise(pl.lit(None))
         return table.select(

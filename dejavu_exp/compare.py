@@ -1,25 +1,29 @@
 """Many run folders to one comparison: `python -m dejavu_exp.compare DIR [DIR...] [--out FOLDER]`.
 
-Only figures.json of each run is read. A run that cannot stand beside the others (killed, unreadable, of another version
-or of other data, or repeated) is listed with the reason and not merged.
+Of each run figures.json is read, and scores.parquet for paired tests between runs. A run that cannot stand beside the
+others (killed, unreadable, of another version or of other data, or repeated) is listed with the reason and not merged.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import logging
 import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
 import polars as pl
 
-from dejavu_exp import config, metrics, tables
+from dejavu_exp import config, metrics, provenance, statistics, tables, tracking
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.report import compared
 from dejavu_exp.report.compared import Comparison, Skipped
@@ -29,10 +33,15 @@ Json: TypeAlias = Any
 
 RUN_FILES = ("config.yaml", "figures.json")
 NOT_RUNS = ("cache", "wandb")
-NO_INFLUENCE = ("gallery", "hydra", *(".".join(key) for key in config.NO_INFLUENCE))
+NO_INFLUENCE = ("gallery", "gate", "hydra", *(".".join(key) for key in config.NO_INFLUENCE))
 """Keys of a configuration that change no figure, with all below them."""
 ENDS = ("low", "high", "n_used", "n_excluded")
 HASH_DIGITS = 8
+MOST_TESTED = 28
+"""Pairs of runs that are tested, the most similar configurations first: all pairs of 8 runs."""
+PERMUTATIONS = 9999
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Run:
 
     Attributes:
         name: the folder, relative to what was asked for.
+        folder: the folder.
         created: when the run ended, ISO 8601 in UTC.
         data_hash: of the manifest measured.
         config: dotted keys of the resolved configuration and their values.
@@ -48,6 +58,7 @@ class Run:
     """
 
     name: str
+    folder: Path
     created: str
     data_hash: str
     config: Mapping[str, Json]
@@ -59,7 +70,8 @@ def compare(folders: Sequence[Path], out: Path) -> Comparison:
 
     Args:
         folders: each is a run folder or holds some, at any depth.
-        out: gets comparison.parquet, comparison.csv, comparison.md and comparison.html; made where it is missing.
+        out: gets comparison.parquet, comparison.csv, comparison.md, comparison.html and tests.parquet; made where it is
+            missing.
 
     Raises:
         ConfigError: a folder does not exist or holds no run, or `out` is a file.
@@ -69,12 +81,14 @@ def compare(folders: Sequence[Path], out: Path) -> Comparison:
         raise ConfigError(f"--out {out}: is a file. Give the folder to write to.")
     comparison = gather(folders)
     html, markdown, csv, parquet = (out / f"comparison.{kind}" for kind in ("html", "md", "csv", "parquet"))
+    tests = out / "tests.parquet"
     tables.write(comparison.table, parquet, {"settings": comparison.settings})
+    tables.write(comparison.tests, tests, {"permutations": PERMUTATIONS})
     with tables.whole(csv) as partial:
         comparison.table.write_csv(partial)
     tables.write_text(compared.markdown(comparison), markdown)
     tables.write_text(compared.html(comparison), html)
-    return replace(comparison, files=(html, markdown, csv, parquet))
+    return replace(comparison, files=(html, markdown, csv, parquet, tests))
 
 
 def gather(folders: Sequence[Path]) -> Comparison:
@@ -104,7 +118,7 @@ def gather(folders: Sequence[Path]) -> Comparison:
         reasons = "\n".join(f"  {item.run}: {item.reason}" for item in skipped)
         raise DataError(f"none of the {len(found)} run folders can be used:\n{reasons}")
     table, settings = merge(runs)
-    return Comparison(table, tuple(settings), tuple(skipped))
+    return Comparison(table, tuple(settings), tuple(skipped), tests=paired_tests(runs, settings))
 
 
 def find(folders: Sequence[Path]) -> tuple[dict[Path, str], list[Skipped]]:
@@ -184,6 +198,7 @@ def read(folder: Path, name: str) -> Run:
     settings = _mapping(figures, "run", "config")
     return Run(
         name=name,
+        folder=folder,
         created=_text(_get(figures, "run", "created")),
         data_hash=_text(_get(figures, "dataset", "hash")),
         config=dict(_flat(settings)),
@@ -381,6 +396,99 @@ def select(runs: Sequence[Run]) -> tuple[list[Run], list[Skipped]]:
     return [run for run in same if newest[_identity(run)] is run], [*empty, *unlike, *repeated]
 
 
+def paired_tests(runs: Sequence[Run], settings: Sequence[str] = ()) -> pl.DataFrame:
+    """Do two runs differ by more than the luck of the rows? Paired tests on the rows that both measured.
+
+    What is compared is how often the encoder under test is right (of objects, its recall by the headline's prediction).
+    The reference has no part in that but one: its table of scores is read, the headline's of the first run where the
+    second has that reference too, else the first that both have. Runs without a readable scores.parquet are left out
+    with a warning.
+
+    Args:
+        runs: of the same data.
+        settings: keys of the configurations that tell the runs apart. Of many pairs those that differ in the fewest of
+            them are tested, `MOST_TESTED` at most.
+
+    Returns:
+        Columns of `compared.TESTS`, a row for each pair and role (target, and unseen where there are such rows).
+    """
+    kinds: dict[str, list[Run]] = {}
+    for run in runs:
+        kinds.setdefault(run.rows[0]["infers"], []).append(run)
+    pairs = sorted(
+        (pair for some in kinds.values() for pair in itertools.combinations(some, 2) if _shared(*pair)),
+        key=lambda pair: sum(pair[0].config.get(key) != pair[1].config.get(key) for key in settings),
+    )
+    read_once = cache(_correct)
+    rows: list[dict[str, Json]] = []
+    unread: dict[str, str] = {}
+    tested = 0
+    for first, second in pairs:
+        reference = _shared(first, second)
+        answers = [read_once(run.folder, reference, _right(run)) for run in (first, second)]
+        unread |= {
+            run.name: found for run, found in zip((first, second), answers, strict=True) if isinstance(found, str)
+        }
+        frames = [found for found in answers if isinstance(found, pl.DataFrame)]
+        if len(frames) == 2:
+            rows += _tests_of(first, second, reference, *frames)
+            tested += 1
+        if tested == MOST_TESTED:
+            break
+    for name in list(unread)[:1]:
+        log.warning("no paired tests of %d runs, among them %s: %s", len(unread), name, unread[name])
+    adjusted = statistics.holm(np.array([row["p_permutation"] for row in rows]))
+    return pl.DataFrame(
+        [{**row, "p_holm": float(p)} for row, p in zip(rows, adjusted, strict=True)], schema=dict(compared.TESTS)
+    )
+
+
+def _shared(first: Run, second: Run) -> str | None:
+    """The first reference of the first run that the second has too."""
+    others = {row["reference"] for row in second.rows}
+    return next((row["reference"] for row in first.rows if row["reference"] in others), None)
+
+
+def _right(run: Run) -> str:
+    """The column of scores.parquet that says how right the target is."""
+    return f"target_recall_{run.rows[0]['top']}" if run.rows[0]["infers"] == "objects" else "target_correct"
+
+
+def _correct(folder: Path, reference: str, column: str) -> pl.DataFrame | str:
+    """How right the target is on each usable row: columns id, role, right; or why that cannot be read."""
+    usable = pl.col("status") == tables.Status.OK
+    measured = pl.col("role").is_in([tables.Role.TARGET, tables.Role.UNSEEN])
+    try:
+        scores = pl.scan_parquet(folder / "scores.parquet").filter(
+            pl.col("reference") == reference, usable, measured, pl.col(column).is_not_null()
+        )
+        found = scores.select("id", "role", right=pl.col(column).cast(pl.Float64)).collect()
+    except (OSError, pl.exceptions.PolarsError) as error:
+        return f"scores.parquet cannot be read: {error}"
+    return f"scores.parquet repeats ids of {reference}" if found["id"].is_duplicated().any() else found
+
+
+def _tests_of(
+    first: Run, second: Run, reference: str | None, ours: pl.DataFrame, theirs: pl.DataFrame
+) -> Iterator[dict[str, Json]]:
+    """The tests of two runs, without the adjustment."""
+    both = ours.join(theirs, on=["id", "role"], how="inner", validate="1:1").sort("role", "id")
+    for (role,), rows in both.group_by("role", maintain_order=True):
+        differences = (rows["right"] - rows["right_right"]).to_numpy()
+        ahead, behind = int((differences > 0).sum()), int((differences < 0).sum())
+        rng = provenance.rng(0, f"compare/{first.name}/{second.name}/{role}")
+        yield {
+            "first": first.name,
+            "second": second.name,
+            "reference": reference,
+            "role": role,
+            "n_used": len(rows),
+            "difference": float(differences.mean()),
+            "p_permutation": statistics.paired_permutation(differences, PERMUTATIONS, rng),
+            "p_mcnemar": statistics.mcnemar(ahead, behind) if first.rows[0]["infers"] == "label" else None,
+        }
+
+
 def _identity(run: Run) -> str:
     return json.dumps(run.config, sort_keys=True)
 
@@ -460,7 +568,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m dejavu_exp.compare",
         description="Compare many runs: one table with a row per run, reference and confident share (of an object run: "
         "prediction), and plots.",
-        epilog="Writes comparison.parquet, comparison.csv, comparison.md and comparison.html. Runs that were killed, "
+        epilog="Writes comparison.parquet, comparison.csv, comparison.md, comparison.html, and tests.parquet with "
+        "paired tests between runs. Runs that were killed, "
         "that another version wrote, that measured other data or that repeat a configuration are left out and listed "
         "with the reason. HYDRA_FULL_ERROR=1 shows tracebacks.",
     )
@@ -468,9 +577,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "folders", metavar="DIR", nargs="+", type=Path, help="a run folder, or a folder that holds some"
     )
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="where to write (default: the first DIR)")
+    parser.add_argument(
+        "--track",
+        action="store_true",
+        help="also log the comparison to Weights & Biases; comparison.html is sent as it is, with the names of the run "
+        "folders and all settings that differ",
+    )
+    for option, meaning in (("project", "the W&B project"), ("entity", "user or team"), ("group", "of the W&B run")):
+        parser.add_argument(f"--{option}", help=f"with --track: {meaning}")
     asked = parser.parse_args(arguments)
+    out = asked.out or asked.folders[0]
     with config.spoken_errors():
-        compared.show(compare(asked.folders, asked.out or asked.folders[0]))
+        comparison = compare(asked.folders, out)
+        compared.show(comparison)
+        if asked.track:
+            given = {key: getattr(asked, key) for key in ("project", "entity", "group") if getattr(asked, key)}
+            if tracking.WandbTracking(**given).log_comparison(comparison, out) == "failed":
+                sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ CONF_DIR = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parents[1] / "con
 NO_INFLUENCE = (
     ("run",),
     ("tracking",),
+    ("report",),
     ("trainer", "cache"),
     ("trainer", "devices"),
     ("trainer", "shard_rows"),
@@ -38,8 +39,11 @@ NO_INFLUENCE = (
 )
 """Keys that change no figure: two configurations that differ in nothing else are the same cell of a sweep."""
 
-PARTS = ("model", "dataset", "split", "probe", "tagger", "scoring", "trainer", "training", "utility", "tracking")
-
+PARTS = (
+    *("model", "dataset", "split", "leaks", "probe", "tagger", "scoring"),
+    *("trainer", "training", "utility", "gate", "report", "tracking"),
+)
+NUMBERS = ("seed", "gallery", "reference_seeds")
 
 LONGEST_REFERENCES = 60
 """Characters of the references' names in a folder's name; file systems allow 255 in all."""
@@ -59,9 +63,11 @@ class Schema:
 
     seed: int = 0
     gallery: int = 12
+    reference_seeds: int = 1
     model: Any = None
     dataset: Any = None
     split: Any = None
+    leaks: Any = None
     probe: Any = None
     references: dict[str, Any] = field(default_factory=dict)
     tagger: Any = None
@@ -70,6 +76,8 @@ class Schema:
     training: Any = None
     utility: Any = None
     tracking: Any = None
+    gate: Any = None
+    report: Any = None
     run: RunOptions = field(default_factory=RunOptions)
 
 
@@ -160,14 +168,14 @@ def build(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Build every part, the model and the data set unread; values are checked here, before any work.
 
     Returns:
-        The parts by name, with `seed`, `gallery` and `references` (a dict).
+        The parts by name, with the numbers of the top level and `references` (a dict).
 
     Raises:
         ConfigError: a part has an unknown or missing key, or a value it cannot work with.
     """
     parts: dict[str, Any] = {name: bind(resolved[name], name) for name in PARTS}
     parts["references"] = {name: bind(node, f"references.{name}") for name, node in resolved["references"].items()}
-    return {**parts, "seed": resolved["seed"], "gallery": resolved["gallery"]}
+    return {**parts, **{name: resolved[name] for name in NUMBERS}}
 
 
 def bind(node: object, key: str) -> Any:  # noqa: ANN401 - whatever `_target_` names

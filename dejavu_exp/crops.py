@@ -11,7 +11,7 @@ import polars as pl
 
 from dejavu_exp import tables
 from dejavu_exp.errors import ConfigError, DataError
-from dejavu_exp.tables import Status
+from dejavu_exp.tables import NEVER_SHOWN, Status
 
 Rect: TypeAlias = tuple[int, int, int, int]
 """(xmin, ymin, xmax, ymax) in pixels; the upper ends are exclusive."""
@@ -23,8 +23,6 @@ Region: TypeAlias = tuple[Rect | None, Status, str]
 """The region of a view, or None with the status and its reason; the reason is empty where the status is ok."""
 
 SHOWN = {name: tables.VIEWS[name] for name in ("texts", "xmin", "ymin", "xmax", "ymax", "status", "detail")}
-NEVER_SHOWN = frozenset({Status.UNREADABLE})
-"""A row of this status gives no view, not even of the whole image. (A missing label concerns the label test only.)"""
 
 
 class AuthorsAnswer(NamedTuple):
@@ -225,6 +223,10 @@ def _runs(spans: Sequence[tuple[int, int]], height: int) -> Iterator[tuple[int, 
 @dataclass(frozen=True)
 class BackgroundCrop(RegionRule):
     """The largest rectangle of background beside all boxes.
+
+    The two rules differ often. In 500 random cases of one to three boxes the authors' shorter side is below the largest
+    possible one 280 times, and 6 times they find no usable crop though there is one; in the 486 cases for which the
+    answers of their code are recorded (`tests/golden`; more boxes), 247 and 25 times.
 
     Attributes:
         min_side_px: the shorter side of a usable crop is above this, pixels.

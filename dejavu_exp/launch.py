@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -33,6 +34,8 @@ BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 SLURM_LAUNCHER = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 EXTRAS = {"hydra_submitit_launcher": "slurm", "hydra_ray_launcher": "ray"}
 """The extra of this package that installs a plugin of Hydra."""
+STOPPED_BY_GATE = 3
+"""Exit status where a run, or a cell of a sweep, is whole but does not pass the release gate."""
 
 # A job imports this module before it reads a configuration, which needs the resolvers.
 config.register()
@@ -49,16 +52,27 @@ def job(cfg: DictConfig) -> None:
             log.info("finished before, and not measured again without run.again=true: %s", folder)
             return
         # Imported here: torch takes seconds, and --help must not.
-        from dejavu_exp import pipeline, ranks, stages
+        from dejavu_exp import pipeline, ranks
 
         if options["plan"]:
             sys.exit(survey([resolved]))
         tell(State.RUNNING)
-        plan = stages.Plan(**config.build(resolved))
+        plan, judged = _plan(resolved), None
         with ranks.joined(plan.trainer.device_count, plan.trainer.cache) as lead:
             if lead:
-                pipeline.run(plan, folder, resolved)
+                judged = pipeline.run(plan, folder, resolved)["gate"]
         tell(State.FINISHED)
+        if judged:
+            _heed(judged, sweeping=hydra.mode == RunMode.MULTIRUN)
+
+
+def _heed(judged: Mapping[str, Any], *, sweeping: bool) -> None:
+    """End a run that the gate stops with its status; a cell of a sweep leaves that to the sweep's end."""
+    if judged["passed"] or sweeping:
+        log.info("release gate %s. %s", "passed" if judged["passed"] else "not passed", judged["reason"])
+        return
+    sys.stderr.write(f"Release gate not passed. {judged['reason']}\n")
+    sys.exit(STOPPED_BY_GATE)
 
 
 def survey(resolved: Sequence[Mapping[str, Any]]) -> int:
@@ -190,13 +204,17 @@ class SweepCallback(Callback):  # type: ignore[misc, unused-ignore]
             _say_queued(waiting, config)
 
     def on_multirun_end(self, config: DictConfig, **_: object) -> None:
-        """One line for each cell that did not finish, and status 1."""
+        """One line for each cell that did not finish, and status 1; else for each that the gate stops, and status 3."""
         jobs = cells.slurm_jobs()
         with spoken_errors(), _fatal():
             lines = [line for cell in self.cells if (line := _unfinished(cell, jobs))]
+            stopped = [line for cell in self.cells if (line := _stopped_cell(cell))]
         if lines:
             told_by = f"python -m dejavu_exp.sweep {config.hydra.sweep.dir}"
-            sys.exit("\n".join([*lines, f"The same command runs these cells alone. {told_by} shows all."]))
+            sys.exit("\n".join([*stopped, *lines, f"The same command runs these cells alone. {told_by} shows all."]))
+        if stopped:
+            sys.stderr.writelines(f"{line}\n" for line in stopped)
+            sys.exit(STOPPED_BY_GATE)
 
 
 @contextmanager
@@ -218,6 +236,15 @@ def _unfinished(cell: Cell, jobs: Mapping[str, str] | None) -> str | None:
     if state == State.FINISHED:
         return None
     return f"{state}: {cell.folder}" + (f": {status.error}" if status and status.error else "")
+
+
+def _stopped_cell(cell: Cell) -> str | None:
+    """Why the release gate stops a cell; None where it does not, or the cell has no figures."""
+    try:
+        judged = json.loads((cell.folder / "figures.json").read_text()).get("gate")
+    except FileNotFoundError:
+        return None
+    return f"release gate not passed: {cell.folder}: {judged['reason']}" if judged and not judged["passed"] else None
 
 
 def _check_launcher(master: DictConfig) -> None:

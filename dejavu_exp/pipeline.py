@@ -30,7 +30,7 @@ def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     with clock.stage("check"):
         encoder = stages.check(plan)
     with clock.stage("data"):
-        views = stages.prepare(plan)
+        views = stages.prepare(plan, encoder)
     with clock.stage("truth"):
         views = stages.name_truth(plan, views)
         lessons = stages.training_inputs(plan, views)
@@ -70,8 +70,18 @@ def run(plan: Plan, run_dir: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         views.rows,
         plan.gallery,
         nearest[facts["headline"]],
+        with_images=plan.report.with_images,
     )
-    report.write(run_dir, facts, everything, shown, correlated)
+    report.write(
+        run_dir,
+        facts,
+        everything,
+        shown,
+        correlated,
+        views.leaks.pairs,
+        plan.report,
+        gallery.of_copies(facts["leaks"]["pairs"], views.manifest, plan.report.pictured),
+    )
     report.show(facts, run_dir)
     plan.tracking.log(facts, everything, run_dir, shown, config, training.curves(lessons))
     return facts

@@ -397,7 +397,8 @@ def survey(plan: Plan) -> Survey:
     if any(hole.startswith(("dataset", "split")) for hole in holes):
         return Survey(tuple(holes))
     try:
-        views = stages.prepare(plan)
+        # To look for copies takes minutes; what it would take out changes little of the cost.
+        views = stages.prepare(replace(plan, leaks=replace(plan.leaks, near=False, embeddings=False)))
         if not (plan.scoring.needs_tags and plan.tagger.encoder is not None):
             views = stages.name_truth(plan, views)
         lessons = stages.training_inputs(plan, views)

@@ -45,6 +45,11 @@ class Status(StrEnum):
     NO_CAPTION = "no_caption"
     NO_OBJECTS = "no_objects"
     NO_EVIDENCE = "no_evidence"
+    LEAKED = "leaked"
+
+
+NEVER_SHOWN = frozenset({Status.UNREADABLE, Status.LEAKED})
+"""A row of one of these gives no view, not even of the whole image. (A missing label concerns the label test only.)"""
 
 
 class Role(StrEnum):

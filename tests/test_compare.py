@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import yaml
 from dejavu_exp import compare, tables
 from dejavu_exp.errors import ConfigError, DataError
 from dejavu_exp.report import compared
+from dejavu_exp.report.html import SCRIPT
 
 HOSTILE = "<script>alert(1)</script> a|b [/red] $x_$ _y"
 
@@ -116,6 +119,11 @@ def write(folder: Path, figures: object) -> Path:
     return folder
 
 
+def page(path: Path) -> str:
+    """A page without its own script, so that one in it is a foreign one."""
+    return path.read_text().replace(f"<script>{SCRIPT}</script>", "", 1)
+
+
 def command(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "dejavu_exp.compare", *map(str, arguments)],
@@ -169,10 +177,10 @@ def test_the_files_hold_the_same_table(tmp_path: Path) -> None:
     assert csv["corrected_gap"].to_list() == pytest.approx(result.table["corrected_gap"].to_list())
     markdown = (tmp_path / "comparison.md").read_text()
     assert "| 2 | timm resnet18 | naive_bayes | 100 % | 60.0 [55.0, 70.0] | 20.0 [15.0, 30.0] |" in markdown
-    html = (tmp_path / "comparison.html").read_text()
+    html = page(tmp_path / "comparison.html")
     assert "<td>60.0 [55.0, 70.0]</td>" in html
     assert "Left out</h2>\n<ul><li><b>3</b>: no figures.json" in html
-    assert not re.search(r"<script|<link|src=\"(?!data:)|url\(", html)
+    assert not re.search(r"<script|<link|src=\"(?!data:)|url\((?!#)", html)
 
 
 def broken_figures() -> dict[str, Any]:
@@ -190,7 +198,7 @@ def broken_figures() -> dict[str, Any]:
         "'much' and not a number": odd,
         "has no roles": shapeless,
         "utility is not a list": utility,
-        "schema 2, and this version reads 3": {**planted(seed=6), "schema": 2},
+        f"schema 2, and this version reads {tables.FIGURES_VERSION}": {**planted(seed=6), "schema": 2},
         "schema None": {"title": "older still"},
         "has schema None": [1, 2],
         "other data: the manifest's hash is eeeeeeee, and 2 of 3 runs have dddddddd": planted(data="e" * 32, seed=7),
@@ -268,7 +276,7 @@ def test_folders_without_runs_are_an_error_that_names_them(tmp_path: Path) -> No
 
 def test_no_usable_run_is_an_error_with_the_reasons(tmp_path: Path) -> None:
     write(tmp_path / "1", {"schema": 2})
-    write(tmp_path / "2", {"schema": 3})
+    write(tmp_path / "2", {"schema": tables.FIGURES_VERSION})
     with pytest.raises(DataError, match=r"(?s)none of the 2 run folders.*1: figures.json has schema 2.*2: .* no run\."):
         compare.compare([tmp_path], tmp_path)
 
@@ -393,13 +401,29 @@ def test_hostile_names_are_text(tmp_path: Path) -> None:
     write(folder / "2", planted(encoder=HOSTILE, probe__k=2, probe__name=HOSTILE, references=found))
     write(folder / "3", {"schema": HOSTILE})
     result = compare.compare([tmp_path], tmp_path)
-    html, markdown = (tmp_path / "comparison.html").read_text(), (tmp_path / "comparison.md").read_text()
+    html, markdown = page(tmp_path / "comparison.html"), (tmp_path / "comparison.md").read_text()
     assert "<script" not in html
     assert "&lt;script&gt;alert(1)" in html
     assert "<script" not in markdown
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert {line.count(" | ") for line in lines[:3]} == {lines[0].count(" | ")}
     compared.show(result)
+
+
+def test_tests_of_two_runs_have_a_table_where_there_are_any(tmp_path: Path) -> None:
+    for k in (10, 20):
+        write(tmp_path / str(k), planted(probe__k=k))
+    result = compare.gather([tmp_path])
+    said = "Do two runs differ?"
+    assert said not in compared.html(replace(result, tests=result.tests.clear()))
+    row = {
+        "first": HOSTILE, "second": "20", "reference": "naive_bayes", "role": "target", "n_used": 38,
+        "difference": -0.0234, "p_permutation": 0.0123, "p_mcnemar": None, "p_holm": 0.0369,
+    }  # fmt: skip
+    html = compared.html(replace(result, tests=pl.DataFrame([row], schema=dict(compared.TESTS))))
+    table = html[html.index(said) : html.index("The runs</h2>")]
+    cells = re.findall("<td.*?>(.*?)</td>", table)
+    assert cells == [escape(HOSTILE), "20", "naive_bayes", "target", "38", "-2.3", "0.012", "–", "0.037"]
 
 
 def test_many_runs_are_compared_in_seconds(tmp_path: Path) -> None:

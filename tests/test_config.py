@@ -54,7 +54,7 @@ def choosing(path: Path) -> list[str]:
 @pytest.mark.parametrize("path", GROUPS, ids=str)
 def test_every_file_composes_and_binds(path: Path) -> None:
     parts = config.build(resolved(*choosing(path)))
-    assert set(parts) == {*config.PARTS, "references", "seed", "gallery"}
+    assert set(parts) == {*config.PARTS, "references", *config.NUMBERS}
 
 
 @pytest.mark.parametrize("dataset", ["shapes", "tiny_imagenet", "imagenet", "manifest"])

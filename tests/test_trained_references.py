@@ -111,7 +111,8 @@ def test_the_other_direction_measures_heldout_rows_with_the_roles_exchanged(smal
     other = both.other_direction(small.inputs)
     assert other is not None
     assert set(other.rows["role"]) == {"heldout"}
-    scores = stages.score(small.plan, small.views, small.inputs.target, both.evidence(small.inputs), other, "both")
+    found = both.evidence(small.inputs)
+    scores = stages.score(small.plan, small.views, None, small.inputs.target, found, other, "both")
     figures = small.plan.scoring.figures(scores, small.views.rows, 0)
     average = figures["both_directions"]["top1"]["100"]
     gaps = [figures["roles"][role]["top1"]["100"]["gap"] for role in ("target", "heldout")]

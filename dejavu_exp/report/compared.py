@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import html as escaping
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from dejavu_exp import metrics
+from dejavu_exp import metrics, tables
 from dejavu_exp.report import plots
+from dejavu_exp.report.html import environment
 from dejavu_exp.report.terminal import WIDTH
-from dejavu_exp.report.wording import percent
+from dejavu_exp.report.wording import markdown_cell, markdown_table, p_value, percent, plain
 
 if TYPE_CHECKING:
+    from markupsafe import Markup
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -30,10 +31,9 @@ MOST_SWEEPS = 6
 MOST_LINES = 8
 MOST_ROWS = 40
 MOST_SKIPPED = 20
-LABEL_LENGTH = 52
 LOG_RANGE = 30
 """A setting whose largest value is this many times the smallest is drawn on a logarithmic axis."""
-LINE_COLOURS = ("#b3261e", "#1f5fa8", "#3f6b4f", "#e8a33d", "#6b4f9e", "#2a8f9c", "#8a5a2b", "#c2508f")
+LINE_COLOURS = (plots.TARGET, plots.REFERENCE, plots.CORRECTED, plots.BOTH, "#8064b8", "#2a8f9c", "#a06a35", "#c2508f")
 TRAINED_HERE, READY_MADE = plots.TARGET, plots.REFERENCE
 TWO_KINDS = (
     "Runs that infer labels and runs that infer objects stand in tables and plots of their own: accuracy and recall, "
@@ -110,6 +110,19 @@ class Skipped:
     reason: str
 
 
+TESTS: tables.Schema = {
+    "first": pl.String,
+    "second": pl.String,
+    "reference": pl.String,  # whose rows of scores.parquet were read
+    "role": pl.String,
+    "n_used": pl.Int64,  # rows that both runs measured
+    "difference": pl.Float64,  # share of them the first has right less that of the second; of objects, mean recall
+    "p_permutation": pl.Float64,
+    "p_mcnemar": pl.Float64,  # null in object runs
+    "p_holm": pl.Float64,  # p_permutation, adjusted for all tests of the table
+}
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Many runs in one table.
@@ -119,12 +132,14 @@ class Comparison:
         settings: columns of the table that are keys of the configuration: those that tell the runs apart.
         skipped: run folders left out.
         files: where it was written, the report first; none where it was not.
+        tests: paired tests of two runs on the rows that both measured, columns of `TESTS`; none where there are none.
     """
 
     table: pl.DataFrame
     settings: tuple[str, ...]
     skipped: tuple[Skipped, ...]
     files: tuple[Path, ...] = ()
+    tests: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=dict(TESTS)))
 
     def kinds(self) -> list[Comparison]:
         """A comparison of the runs that infer labels, and one of those that infer objects; those that there are."""
@@ -250,7 +265,7 @@ def _moves_along(rows: pl.DataFrame, setting: str, key: str) -> bool:
 def _group_name(part: pl.DataFrame, telling: Sequence[str]) -> str:
     short = [key.rsplit(".", 1)[-1] for key in telling]
     names = [key if short.count(name) > 1 else name for key, name in zip(telling, short, strict=True)]
-    values = [_plain(part[key][0]) for key in telling]
+    values = [plain(part[key][0]) for key in telling]
     told = [
         value if key == "encoder_name" else f"{name} {value}"
         for key, name, value in zip(telling, names, values, strict=True)
@@ -266,15 +281,6 @@ def _encoder(row: Mapping[str, Any]) -> str:
     """The encoder in few words."""
     name = str(row["encoder"]).split(",")[0]
     return f"{name} (random weights)" if row["random_weights"] else name
-
-
-def _plain(value: Any) -> str:  # noqa: ANN401
-    """A cell that is no estimate."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _estimate(row: Mapping[str, Any], column: str) -> dict[str, Any]:
@@ -295,7 +301,7 @@ def headline_rows(table: pl.DataFrame, wording: Wording) -> list[dict[str, str]]
             "reference": row["reference"],
             heading: row[column] if isinstance(row[column], str) else f"{row[column]:g} %",
             **{name: percent(_estimate(row, column)) for name, column in shown.items()},
-            "rows": f"{_plain(row['gap_n_used'])} ({_plain(row['gap_n_excluded'])} excluded)",
+            "rows": f"{plain(row['gap_n_used'])} ({plain(row['gap_n_excluded'])} excluded)",
         }
         for row in table.iter_rows(named=True)
     ]
@@ -314,15 +320,33 @@ def run_rows(comparison: Comparison) -> list[dict[str, str]]:
             # Without the arguments of its architecture, which a run's own report has.
             "encoder": row["encoder"].split(", arch_args")[0] + (" (random weights)" if row["random_weights"] else ""),
             "weights": row["weights"],
-            "trained here": _plain(row["trained_here"]),
-            "epoch": _plain(row["epoch"]),
+            "trained here": plain(row["trained_here"]),
+            "epoch": plain(row["epoch"]),
             "dataset": row["dataset"],
             "split": row["split"],
             **({"infers": row["infers"]} if len(comparison.kinds()) > 1 else {}),
             **{name.removeprefix("utility_"): _number(_estimate(row, name)) for name in utility},
-            **{key: _plain(row[key]) for key in comparison.settings},
+            **{key: plain(row[key]) for key in comparison.settings},
         }
         for row in comparison.runs().iter_rows(named=True)
+    ]
+
+
+def test_rows(comparison: Comparison) -> list[dict[str, str]]:
+    """One row per test of two runs."""
+    return [
+        {
+            "first run": row["first"],
+            "second run": row["second"],
+            "reference": row["reference"],
+            "role": row["role"],
+            "rows": plain(row["n_used"]),
+            "difference, points": "–" if row["difference"] is None else f"{100 * row['difference']:.1f}",
+            "p, permutation": p_value(row["p_permutation"]),
+            "p, McNemar": p_value(row["p_mcnemar"]),
+            "p, adjusted": p_value(row["p_holm"]),
+        }
+        for row in comparison.tests.iter_rows(named=True)
     ]
 
 
@@ -362,7 +386,7 @@ def markdown(comparison: Comparison) -> str:
     figures = [
         text
         for kind in comparison.kinds()
-        for text in (kind.wording.sentence, _markdown_table(headline_rows(kind.shown(), kind.wording)))
+        for text in (kind.wording.sentence, markdown_table(headline_rows(kind.shown(), kind.wording)))
     ]
     parts = [
         f"# Comparison of {runs} run{'s' if runs != 1 else ''}",
@@ -370,38 +394,27 @@ def markdown(comparison: Comparison) -> str:
         *figures,
         "## The runs",
         "After the split: utility measures, in their own units, and the settings that tell the runs apart.",
-        _markdown_table(run_rows(comparison)),
+        markdown_table(run_rows(comparison)),
         "## Left out",
-        "\n".join(f"- {_cell(item.run)}: {_cell(item.reason)}" for item in comparison.skipped) or "Nothing.",
+        "\n".join(f"- {markdown_cell(item.run)}: {markdown_cell(item.reason)}" for item in comparison.skipped)
+        or "Nothing.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
-    if not rows:
-        return "Nothing."
-    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    """Text that cannot break out of a Markdown table or bring tags along."""
-    return escaping.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
-
-
 def html(comparison: Comparison) -> str:
-    """The comparison as one file: pictures inside, no scripts, nothing fetched."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(TEMPLATE).render(
-        notes=notes(comparison),
-        kinds=[_kind_parts(kind) for kind in comparison.kinds()],
-        runs=run_rows(comparison),
-        skipped=comparison.skipped,
-        most_lines=MOST_LINES,
+    """The comparison as one file: pictures inside, nothing fetched, no script but the page's own."""
+    return (
+        environment()
+        .get_template("comparison.html")
+        .render(
+            notes=notes(comparison),
+            kinds=[_kind_parts(kind) for kind in comparison.kinds()],
+            tests=test_rows(comparison),
+            runs=run_rows(comparison),
+            skipped=comparison.skipped,
+            most_lines=MOST_LINES,
+        )
     )
 
 
@@ -427,14 +440,6 @@ def _cap(count: int) -> str:
     return f"The {MOST_BARS} largest of {count}; the table has them all." if count > MOST_BARS else ""
 
 
-def _label(text: str) -> str:
-    """Text for a plot: matplotlib takes $ for formulas and hides what begins with _."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
-    if len(shown) > LABEL_LENGTH:
-        shown = f"{shown[: LABEL_LENGTH // 2]}…{shown[-LABEL_LENGTH // 2 + 1 :]}"
-    return f"{' ' if shown.startswith('_') else ''}{shown}".replace("$", r"\$")
-
-
 def _points(rows: pl.DataFrame, column: str) -> tuple[list[float], list[float], list[float]]:
     """Values and interval ends in %; NaN where undefined."""
     value, low, high = (
@@ -444,37 +449,37 @@ def _points(rows: pl.DataFrame, column: str) -> tuple[list[float], list[float], 
     return value, low, high
 
 
-def accuracy_plot(sweep: Sweep) -> str:
+def accuracy_plot(sweep: Sweep) -> Markup:
     """Accuracy of the encoder (solid, with its interval) and of the reference (dashed) by the setting."""
-    figure, axes = _figure(5.0, 2.9, 0.65, _legend_rows(sweep))
-    drawn = sweep.series[:MOST_LINES]
-    for series, colour in zip(drawn, LINE_COLOURS, strict=False):
+    drawn, axes = _figure(5.0, 2.9, 0.65, _legend_rows(sweep))
+    lines = sweep.series[:MOST_LINES]
+    for series, colour in zip(lines, LINE_COLOURS, strict=False):
         x = series.rows[sweep.setting].to_list()
         value, low, high = _points(series.rows, "target_accuracy")
-        axes.fill_between(x, low, high, color=colour, alpha=0.18 / len(drawn) ** 0.5, linewidth=0)
-        axes.plot(x, value, color=colour, marker=".", label=_label(series.group))
+        axes.fill_between(x, low, high, color=colour, alpha=0.18 / len(lines) ** 0.5, linewidth=0)
+        axes.plot(x, value, color=colour, marker=".", label=plots.label(series.group))
         axes.plot(x, _points(series.rows, "reference_accuracy")[0], color=colour, linestyle="--", linewidth=1)
-    axes.plot([], [], color="black", linestyle="--", linewidth=1, label=_label(sweep.reference))
+    axes.plot([], [], color=plots.INK, linestyle="--", linewidth=1, label=plots.label(sweep.reference))
     bottom, top = axes.get_ylim()
     axes.set_ylim(max(bottom, 0), min(top, 102))
     _finish(axes, sweep, _wording(sweep.series[0].rows).accuracy)
     axes.legend(frameon=False, fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return plots._uri(figure)
+    return plots.svg(drawn, sweep.reference)
 
 
-def gap_plot(sweep: Sweep) -> str:
+def gap_plot(sweep: Sweep) -> Markup:
     """The corrected gap by the setting; raw and hollow where a series has no other. Colours as in `accuracy_plot`."""
-    figure, axes = _figure(5.0, 2.9, 0.65, _legend_rows(sweep))
+    drawn, axes = _figure(5.0, 2.9, 0.65, _legend_rows(sweep))
     for series, colour in zip(sweep.series, LINE_COLOURS, strict=False):
         x, column = series.rows[sweep.setting].to_list(), series.gap()
         value, low, high = _points(series.rows, column)
         raw = column == "gap"
         axes.vlines(x, low, high, color=colour, linewidth=1.4, alpha=0.6)
-        axes.plot(x, value, color=colour, marker="o", markersize=4, markerfacecolor="white" if raw else colour)
-    axes.axhline(0, color="black", linewidth=0.8)
+        axes.plot(x, value, color=colour, marker="o", markersize=4, markerfacecolor=plots.PAGE if raw else colour)
+    axes.axhline(0, color=plots.INK, linewidth=0.8)
     columns = {series.gap() for series in sweep.series[:MOST_LINES]}
     _finish(axes, sweep, _gap_title(columns, _wording(sweep.series[0].rows)))
-    return plots._uri(figure)
+    return plots.svg(drawn, sweep.reference)
 
 
 def _finish(axes: Axes, sweep: Sweep, ylabel: str) -> None:
@@ -484,7 +489,7 @@ def _finish(axes: Axes, sweep: Sweep, ylabel: str) -> None:
         axes.minorticks_off()
     if len(values) <= MOST_LINES:
         axes.set_xticks(values, [f"{value:g}" for value in values])
-    axes.set_xlabel(_label(sweep.setting))
+    axes.set_xlabel(plots.label(sweep.setting))
     axes.set_ylabel(ylabel)
 
 
@@ -500,14 +505,14 @@ def _gap_title(columns: set[str], wording: Wording) -> str:
     return f"{' (filled) or '.join(names)}{' (hollow)' if len(names) > 1 else ''}, points"
 
 
-def share_plot(rows: pl.DataFrame) -> str:
+def share_plot(rows: pl.DataFrame) -> Markup:
     """Memorized, correlated, forgotten and unassociated shares of target rows, a bar per run.
 
     Args:
         rows: of one reference, a row per run; the runs with the largest memorized share are drawn.
     """
     rows = rows.sort("memorized", descending=True, nulls_last=True, maintain_order=True).head(MOST_BARS)
-    figure, axes = _bar_figure(rows)
+    drawn, axes = _bar_figure(rows)
     left = [0.0] * len(rows)
     for name, colour in zip(metrics.QUADRANTS, plots.QUADRANT_COLOURS, strict=True):
         shares = [0.0 if math.isnan(value) else value for value in _points(rows, name)[0]]
@@ -516,10 +521,10 @@ def share_plot(rows: pl.DataFrame) -> str:
     axes.set_xlim(0, 100.5)
     axes.set_xlabel("% of target rows")
     axes.legend(frameon=False, fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return plots._uri(figure)
+    return plots.svg(drawn, rows["reference"][0])
 
 
-def encoder_plot(rows: pl.DataFrame) -> str:
+def encoder_plot(rows: pl.DataFrame) -> Markup:
     """The gap of each run's encoder, those trained here in another colour than ready-made ones.
 
     Args:
@@ -535,22 +540,22 @@ def encoder_plot(rows: pl.DataFrame) -> str:
         },
     )
     rows = rows.sort("shown", descending=True, nulls_last=True, maintain_order=True).head(MOST_BARS)
-    figure, axes = _bar_figure(rows)
+    drawn, axes = _bar_figure(rows)
     values, lows, highs = _points(rows, "shown")
     colours = [TRAINED_HERE if here else READY_MADE for here in rows["trained_here"]]
-    fills = ["white" if raw else colour for raw, colour in zip(rows["raw"], colours, strict=True)]
+    fills = [plots.PAGE if raw else colour for raw, colour in zip(rows["raw"], colours, strict=True)]
     places = range(len(rows))
     shown = [0.0 if math.isnan(value) else value for value in values]
     _bars(axes, [0.0] * len(rows), shown, facecolor=fills, edgecolor=colours)
-    axes.hlines(places, lows, highs, color=plots.INTERVAL, linewidth=1.2)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axes.hlines(places, lows, highs, color=plots.INK, linewidth=1.2)
+    axes.axvline(0, color=plots.INK, linewidth=0.8)
+    axes.grid(axis="x", color=plots.GRID, linewidth=0.8)
     axes.set_xlabel(_gap_title({"gap" if raw else "corrected_gap" for raw in rows["raw"]}, _wording(rows)))
     for here, name, colour in ((True, "trained here", TRAINED_HERE), (False, "ready-made", READY_MADE)):
         if here in rows["trained_here"].to_list():
             axes.barh(0, 0, color=colour, label=name)
     axes.legend(frameon=False, fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    return plots._uri(figure)
+    return plots.svg(drawn, rows["reference"][0])
 
 
 def _bars(axes: Axes, left: Sequence[float], length: Sequence[float], **style: Any) -> None:  # noqa: ANN401
@@ -567,15 +572,15 @@ def _bars(axes: Axes, left: Sequence[float], length: Sequence[float], **style: A
 
 def _bar_figure(rows: pl.DataFrame) -> tuple[Figure, Axes]:
     """Room for a bar per row, run and encoder beside each, the first on top."""
-    names = [_label(f"{row['run']}: {_encoder(row)}") for row in rows.iter_rows(named=True)]
-    figure, axes = _figure(8.0, 0.24 * len(rows), 0.3 + 0.075 * max(map(len, names)), 1)
+    names = [plots.label(f"{row['run']}: {_encoder(row)}") for row in rows.iter_rows(named=True)]
+    drawn, axes = _figure(8.0, 0.24 * len(rows), 0.3 + 0.075 * max(map(len, names)), 1)
     # Plain text: forty ticks with their lines take three times as long.
     axes.set_yticks([])
     for place, name in enumerate(names):
         axes.text(-0.01, place, name, fontsize=8, ha="right", va="center", transform=axes.get_yaxis_transform())
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(visible=False, axis="y")
-    return figure, axes
+    return drawn, axes
 
 
 def _figure(width: float, height: float, left: float, legend_rows: int) -> tuple[Figure, Axes]:
@@ -589,10 +594,10 @@ def _figure(width: float, height: float, left: float, legend_rows: int) -> tuple
     """
     above, below = 0.1 + 0.2 * legend_rows, 0.55
     whole = height + above + below
-    figure, axes = plots._figure(width, whole)
-    figure.set_layout_engine(None)
-    figure.subplots_adjust(left=left / width, right=1 - 0.15 / width, bottom=below / whole, top=1 - above / whole)
-    return figure, axes
+    drawn, axes = plots.figure(width, whole)
+    drawn.set_layout_engine(None)
+    drawn.subplots_adjust(left=left / width, right=1 - 0.15 / width, bottom=below / whole, top=1 - above / whole)
+    return drawn, axes
 
 
 def _legend_rows(sweep: Sweep) -> int:
@@ -649,109 +654,3 @@ def _table(rows: Sequence[Mapping[str, str]], wording: Wording, *, narrow: bool)
         table.add_row(*(escape(cell.replace(" [", "\n[") if narrow else cell) for cell in (*names, *cells)))
         previous = row["run"]
     return table
-
-
-TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Comparison of {{ runs | length }} runs</title>
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c1c1c; max-width: 1320px; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.45rem; margin: 0 0 .3rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid #dcdcdc; padding-bottom: .2rem; }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; overflow-wrap: anywhere; }
-.note { background: #fff6e0; border-left: 4px solid #e8a33d; padding: .45rem .9rem; margin: .4rem 0; }
-.soft { color: #5c5c5c; font-size: .87rem; }
-.scroll { overflow: auto; max-height: 75vh; }
-table { border-collapse: collapse; margin: .5rem 0; font-variant-numeric: tabular-nums; font-size: .85rem; }
-th, td { padding: .28rem .5rem; text-align: right; border-bottom: 1px solid #dcdcdc; white-space: nowrap; }
-th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
-thead th { border-bottom: 2px solid #1c1c1c; position: sticky; top: 0; background: white; }
-.long td { white-space: normal; overflow-wrap: break-word; min-width: 4rem; max-width: 24rem; vertical-align: top; }
-.long td:nth-child(2), .long td:nth-child(3) { min-width: 11rem; text-align: left; }
-tr.first td { border-top: 2px solid #dcdcdc; }
-figure { margin: .8rem 0; } figure img { max-width: 100%; }
-.pair { display: flex; flex-wrap: wrap; gap: 1.2rem; } .pair figure { flex: 1 1 420px; margin: .2rem 0; }
-@media print { body { max-width: none; margin: 0; } .scroll { overflow: visible; max-height: none; } }
-</style>
-</head>
-<body>
-<h1>Comparison of {{ runs | length }} run{{ "" if runs | length == 1 else "s" }}</h1>
-{% for kind in kinds %}
-<p>{{ kind.wording.sentence }}</p>
-{% endfor %}
-{% for sentence in notes %}
-<div class="note">{{ sentence }}</div>
-{% endfor %}
-{% if skipped %}
-<div class="note">{{ skipped | length }} run folder{{ "" if skipped | length == 1 else "s" }} left out;
-the reasons stand at the end.</div>
-{% endif %}
-{% macro grid(rows, style="") %}
-<div class="scroll {{ style }}"><table>
-<thead><tr>{% for column in rows[0] %}<th>{{ column }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in rows %}
-<tr{% if loop.changed(row.run) %} class="first"{% endif %}>
-{% for value in row.values() %}
-<td>{{ value }}</td>
-{% endfor %}
-</tr>
-{% endfor %}
-</tbody></table></div>
-{% endmacro %}
-{% for kind in kinds %}
-{% set of = ", " ~ kind.wording.name if kinds | length > 1 else "" %}
-<h2>Figures{{ of }}</h2>
-{{ grid(kind.rows) }}
-<p class="soft">comparison.csv and comparison.parquet beside this file also hold all predictions, the shares of rows,
-and the rows behind each figure.</p>
-{% if kind.sweeps %}
-<h2>By setting{{ of }}</h2>
-<p>All target rows, or the widest share a run reports. Left: the encoder (solid, with
-its interval) and the reference (dashed). Right: the gap with its interval, in the same
-colours. A line joins runs that differ in this setting alone.</p>
-{% for sweep, accuracy, gap in kind.sweeps %}
-<h3>{{ sweep.setting }}, against {{ sweep.reference }}</h3>
-{% if sweep.along %}
-<p class="soft">Changes along with it, so the effect may be theirs: {{ sweep.along | join(", ") }}.</p>
-{% endif %}
-{% if sweep.series | length > most_lines %}
-<p class="soft">The first {{ most_lines }} of {{ sweep.series | length }} lines.</p>
-{% endif %}
-<div class="pair">
-<figure><img src="{{ accuracy }}" alt="Accuracy by {{ sweep.setting }}; the table has the numbers."></figure>
-<figure><img src="{{ gap }}" alt="Gap by {{ sweep.setting }}; the table has the numbers."></figure>
-</div>
-{% endfor %}
-{% if kind.more_sweeps %}<p class="soft">Not drawn: {{ kind.more_sweeps | join("; ") }}.</p>{% endif %}
-{% endif %}
-<h2>Encoders trained here and ready-made ones{{ of }}</h2>
-{% for name, picture, cap in kind.gaps %}
-<h3>Against {{ name }}</h3>
-{% if cap %}<p class="soft">{{ cap }}</p>{% endif %}
-<figure><img src="{{ picture }}" alt="Gap of each encoder against {{ name }}; the table has the numbers."></figure>
-{% endfor %}
-<h2>Shares of target rows{{ of }}</h2>
-<p>{{ kind.wording.shares }}</p>
-{% for name, picture, cap in kind.shares %}
-<h3>Against {{ name }}</h3>
-{% if cap %}<p class="soft">{{ cap }}</p>{% endif %}
-<figure><img src="{{ picture }}" alt="Shares of the four kinds of rows of each run against {{ name }}."></figure>
-{% endfor %}
-{% if kind.more_references %}<p class="soft">No plots against: {{ kind.more_references | join(", ") }}.</p>{% endif %}
-{% endfor %}
-<h2>The runs</h2>
-<p class="soft">After the split: utility measures, in their own units, and the settings that tell the runs apart.</p>
-{{ grid(runs, "long") }}
-<h2>Left out</h2>
-{% if skipped %}
-<ul>{% for item in skipped %}<li><b>{{ item.run }}</b>: {{ item.reason }}</li>{% endfor %}</ul>
-{% else %}
-<p>Nothing.</p>
-{% endif %}
-</body>
-</html>
-"""

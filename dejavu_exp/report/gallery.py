@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -50,7 +51,8 @@ class Seen:
     """What an encoder was shown of an image, and the image.
 
     Attributes:
-        image: the whole image, a JPEG; None where it cannot be read, which a caption view does not notice.
+        image: the whole image, a JPEG; None where it cannot be read, which a caption view does not notice, or must not
+            be shown.
         captions: what a caption view shows; none for a view of the image.
         crop: what a view of the image shows, a JPEG; None for a caption view.
         region: of the crop: left, top, right, bottom as shares of the image; None for a caption view.
@@ -118,26 +120,29 @@ GalleryItem: TypeAlias = LabelItem | PairItem
 
 @dataclass(frozen=True)
 class _Rows:
-    """Where the pictures and words of a row are found: manifest, query views, bank views and the manifest's rows."""
+    """Where the pictures and words of a row are found: manifest, query views, bank views and the manifest's rows.
+
+    `shows` is False where neither pixels nor captions may be told.
+    """
 
     manifest: Manifest
     queries: pl.DataFrame
     public: pl.DataFrame
     images: Mapping[str, Mapping[str, Any]]
+    shows: bool
 
     def name(self, label: str) -> str:
         """A class in words."""
         return self.manifest.class_names.get(label, label)
 
     def picture(self, path: str, side_px: int) -> bytes | None:
-        """The whole image, or None where it cannot be read: that must not end a run whose figures are there."""
-        try:
-            return thumbnail(self.manifest.store, path, None, side_px)
-        except DataError:
-            return None
+        """The whole image; None where it cannot be read."""
+        return _picture(self.manifest, path, side_px)
 
     def seen(self, query: int) -> Seen:
-        """What a query shows."""
+        """What a query shows; nothing where that may not be told."""
+        if not self.shows:
+            return Seen(None)
         view = self.queries.row(query, named=True)
         image = self.picture(view["path"], IMAGE_SIDE_PX)
         if view["xmin"] is None:
@@ -172,6 +177,8 @@ def most_memorized(
     images: pl.DataFrame,
     count: int,
     reference_near: Mapping[str, Sequence[str]] = NOWHERE,
+    *,
+    with_images: bool = True,
 ) -> list[GalleryItem]:
     """The memorized target rows with the largest memorization scores; ids break ties.
 
@@ -184,6 +191,7 @@ def most_memorized(
         images: the manifest's rows with known width and height.
         count: how many at most.
         reference_near: ids of the reference's nearest public rows, nearest first, by id of the query; shown for pairs.
+        with_images: False leaves out pictures, captions and the public images near: no image is opened.
     """
     best = (
         scores.filter(
@@ -202,7 +210,7 @@ def most_memorized(
     shown = {*best["id"], *(public["id"][int(place)] for place in near.positions[places, :NEAREST].flat)}
     shown |= {public["id"][place] for row in found for place in row}
     facts = images.filter(pl.col("id").is_in(list(shown))).select("id", "width", "height", "captions")
-    rows = _Rows(manifest, queries, public, {row["id"]: row for row in facts.iter_rows(named=True)})
+    rows = _Rows(manifest, queries, public, {row["id"]: row for row in facts.iter_rows(named=True)}, with_images)
     item = partial(_pair_item, rows) if "objects" in scores.columns else partial(_label_item, rows)
     return [
         item(row, query, near, others)
@@ -211,6 +219,8 @@ def most_memorized(
 
 
 def _nearest(rows: _Rows, wanted: Iterable[str], near: Neighbours, query: int) -> tuple[NearImage, ...]:
+    if not rows.shows:
+        return ()
     nearest = zip(near.positions[query, :NEAREST], near.distances[query, :NEAREST], strict=True)
     return tuple(rows.near(wanted, int(position), float(distance)) for position, distance in nearest)
 
@@ -241,5 +251,27 @@ def _pair_item(rows: _Rows, row: Mapping[str, Any], query: int, near: Neighbours
         missed=tuple(sorted(truth - target - reference)),
         seen=rows.seen(query),
         neighbours=_nearest(rows, gained, near, query),
-        reference_neighbours=tuple(rows.near(gained, position, None) for position in others),
+        reference_neighbours=tuple(rows.near(gained, position, None) for position in others if rows.shows),
     )
+
+
+def of_copies(pairs: Iterable[Mapping[str, Any]], manifest: Manifest, count: int) -> dict[str, bytes]:
+    """Pictures of rows that are copies of each other, by id; none of what cannot be read.
+
+    Args:
+        pairs: with `id` and `other_id`, as in the figures of leaks.
+        manifest: the data set.
+        count: how many pairs at most, the first ones.
+    """
+    wanted = {name for pair in islice(pairs, count) for name in (pair["id"], pair["other_id"])}
+    paths = manifest.rows.filter(pl.col("id").is_in(list(wanted))).select("id", "path")
+    found = {name: _picture(manifest, path, NEIGHBOUR_SIDE_PX) for name, path in paths.sort("id").iter_rows()}
+    return {name: picture for name, picture in found.items() if picture is not None}
+
+
+def _picture(manifest: Manifest, path: str, side_px: int) -> bytes | None:
+    """The whole image, or None where it cannot be read: that must not end a run whose figures are there."""
+    try:
+        return thumbnail(manifest.store, path, None, side_px)
+    except DataError:
+        return None

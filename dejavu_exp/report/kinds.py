@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import polars as pl
 
 from dejavu_exp.report import labels, pairs
+from dejavu_exp.report.settings import ReportSettings
 
 Figures: TypeAlias = Mapping[str, Any]
 
@@ -24,8 +25,11 @@ class Kind:
         values: columns shown without their interval; left out where there is little room.
         gaps: columns shown with it.
         compared: what references are compared by.
+        answer: what is inferred from a row; heads a column.
         rows_of: one row per reference and key, as text.
-        parts: what the template needs beside the figures, from figures and scores.
+        gaps_of: the headline's gap to a reference, from figures and name: on target rows, on unseen ones, corrected.
+        answers: that column, from the scores.
+        parts: what the template needs beside the figures, from figures, scores and settings.
     """
 
     template: str
@@ -34,8 +38,11 @@ class Kind:
     values: tuple[str, ...]
     gaps: tuple[str, ...]
     compared: str
+    answer: str
     rows_of: Callable[[Figures], list[dict[str, str]]]
-    parts: Callable[[Figures, pl.DataFrame], dict[str, Any]]
+    gaps_of: Callable[[Figures, str], tuple[Figures | None, ...]]
+    answers: Callable[[Figures], pl.Expr]
+    parts: Callable[[Figures, pl.DataFrame, ReportSettings], dict[str, Any]]
 
 
 KINDS = {
@@ -46,7 +53,10 @@ KINDS = {
         values=("target", "reference's"),
         gaps=("gap", "gap, unseen", "corrected gap"),
         compared="gap",
+        answer="label",
         rows_of=labels.rows_of,
+        gaps_of=labels.gaps_of,
+        answers=labels.answers,
         parts=labels.parts,
     ),
     "objects": Kind(
@@ -56,7 +66,10 @@ KINDS = {
         values=("PPG", "AUCG"),
         gaps=("PRG", "PRG, unseen", "corrected PRG"),
         compared="PRG",
+        answer="objects",
         rows_of=pairs.rows_of,
+        gaps_of=pairs.gaps_of,
+        answers=pairs.answers,
         parts=pairs.parts,
     ),
 }

@@ -8,9 +8,8 @@ from typing import Any
 import polars as pl
 
 from dejavu_exp.report import plots
+from dejavu_exp.report.settings import ReportSettings
 from dejavu_exp.report.wording import percent, rows_behind
-
-MOST_CLASSES = 50
 
 
 def widest(figures: Mapping[str, Any]) -> str:
@@ -24,49 +23,65 @@ def rows_of(figures: Mapping[str, Any]) -> list[dict[str, str]]:
     rows = []
     for name, found in figures["references"].items():
         for fraction, cell in found["roles"]["target"]["top1"].items():
-            unseen = found["roles"].get("unseen", {}).get("top1", {}).get(fraction, {})
+            raw, unseen, corrected = _gaps_at(found, fraction)
             rows.append(
                 {
                     "reference": name,
                     "surest": f"{fraction} %",
                     "target": percent(cell["target"]),
                     "reference's": percent(cell["reference"]),
-                    "gap": percent(cell["gap"]),
-                    "gap, unseen": percent(unseen.get("gap")),
-                    "corrected gap": percent(found.get("corrected_gap", {}).get("top1", {}).get(fraction)),
-                    "rows": rows_behind(cell["gap"], unseen.get("gap")),
+                    "gap": percent(raw),
+                    "gap, unseen": percent(unseen),
+                    "corrected gap": percent(corrected),
+                    "rows": rows_behind(cell["gap"], unseen),
                 }
             )
     return rows
 
 
-def parts(figures: Mapping[str, Any], scores: pl.DataFrame) -> dict[str, Any]:
-    """What the page needs beside the figures: tables, and plots as data URIs."""
+def gaps_of(figures: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any] | None, ...]:
+    """The headline's gap to a reference: on target rows, on unseen rows, and corrected; None where there is none."""
+    return _gaps_at(figures["references"][name], widest(figures))
+
+
+def _gaps_at(found: Mapping[str, Any], fraction: str) -> tuple[Mapping[str, Any] | None, ...]:
+    return (
+        found["roles"]["target"]["top1"][fraction]["gap"],
+        found["roles"].get("unseen", {}).get("top1", {}).get(fraction, {}).get("gap"),
+        found.get("corrected_gap", {}).get("top1", {}).get(fraction),
+    )
+
+
+def parts(figures: Mapping[str, Any], scores: pl.DataFrame, settings: ReportSettings) -> dict[str, Any]:
+    """What the page needs beside the figures: tables and plots."""
     fraction = widest(figures)
-    gaps = {
-        name: (
-            found["roles"]["target"]["top1"][fraction]["gap"],
-            found["roles"].get("unseen", {}).get("top1", {}).get(fraction, {}).get("gap"),
-            found.get("corrected_gap", {}).get("top1", {}).get(fraction),
-        )
-        for name, found in figures["references"].items()
-    }
     references = {
         name: {
             **found,
             "curve": plots.curve(found["roles"]["target"], name),
-            "quadrants": plots.quadrants(found["roles"]),
-            "histogram": plots.histogram(scores.filter(pl.col("reference") == name)),
-            "classes": sorted(found["per_class"], key=_by_gap)[:MOST_CLASSES],
-            "more_classes": max(len(found["per_class"]) - MOST_CLASSES, 0),
+            "quadrants": plots.quadrants(found["roles"], name),
+            "histogram": plots.histogram(scores.filter(pl.col("reference") == name), name),
+            "classes": sorted(found["per_class"], key=_by_gap)[: settings.classes],
+            "n_classes": len(found["per_class"]),
         }
         for name, found in figures["references"].items()
     }
+    gaps = {name: gaps_of(figures, name) for name in references}
     return {
         "references": references,
         "gaps": plots.gaps(gaps, f"percentage points, {fraction} % most confident rows"),
         "widest": fraction,
     }
+
+
+def answers(figures: Mapping[str, Any]) -> pl.Expr:
+    """What is to be inferred from a row of the scores, in words."""
+    names = {
+        row["label"]: row.get("name", row["label"])
+        for found in figures["references"].values()
+        for row in found["per_class"]
+    }
+    return pl.col("label").replace(names)
 
 
 def _by_gap(row: Mapping[str, Any]) -> tuple[float, str]:

@@ -8,11 +8,11 @@ from typing import Any
 import polars as pl
 
 from dejavu_exp.report import plots
+from dejavu_exp.report.settings import ReportSettings
 from dejavu_exp.report.wording import percent, rows_behind
 from dejavu_exp.scoring.objects import OPTIMISTIC_WARNING
 from dejavu_exp.tables import PREDICTIONS
 
-MOST_OBJECTS = 50
 PREDICTED = {"all": "all objects", "top10": "10 objects", "top1": "1 object"}
 """Predictions in words."""
 RANKINGS = {
@@ -50,7 +50,7 @@ def rows_of(figures: Mapping[str, Any]) -> list[dict[str, str]]:
     for name, found in figures["references"].items():
         for prediction in predictions(figures):
             cell = found["roles"]["target"][prediction]
-            raw, unseen, corrected = _gaps_of(found, prediction)
+            raw, unseen, corrected = _gaps_at(found, prediction)
             rows.append(
                 {
                     "reference": name,
@@ -66,8 +66,12 @@ def rows_of(figures: Mapping[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
-def _gaps_of(found: Mapping[str, Any], prediction: str) -> tuple[Mapping[str, Any] | None, ...]:
-    """PRG on target rows, on unseen rows, and corrected."""
+def gaps_of(figures: Mapping[str, Any], name: str) -> tuple[Mapping[str, Any] | None, ...]:
+    """The headline's PRG to a reference: on target rows, on unseen rows, and corrected; None where there is none."""
+    return _gaps_at(figures["references"][name], predictions(figures)[0])
+
+
+def _gaps_at(found: Mapping[str, Any], prediction: str) -> tuple[Mapping[str, Any] | None, ...]:
     return (
         found["roles"]["target"][prediction]["prg"],
         found["roles"].get("unseen", {}).get(prediction, {}).get("prg"),
@@ -75,23 +79,23 @@ def _gaps_of(found: Mapping[str, Any], prediction: str) -> tuple[Mapping[str, An
     )
 
 
-def parts(figures: Mapping[str, Any], scores: pl.DataFrame) -> dict[str, Any]:
-    """What the page needs beside the figures: tables, and plots as data URIs."""
+def parts(figures: Mapping[str, Any], scores: pl.DataFrame, settings: ReportSettings) -> dict[str, Any]:
+    """What the page needs beside the figures: tables and plots."""
     headline = predictions(figures)[0]
     references = {
         name: {
             **found,
             "recalls": plots.recalls(scores.filter(pl.col("reference") == name), headline, name),
-            "quadrants": plots.quadrants(found["roles"]),
-            "histogram": plots.histogram(scores.filter(pl.col("reference") == name)),
+            "quadrants": plots.quadrants(found["roles"], name),
+            "histogram": plots.histogram(scores.filter(pl.col("reference") == name), name),
             "fine": _fine_grained(found["roles"]),
-            "objects": found["per_object"][:MOST_OBJECTS],
+            "objects": found["per_object"][: settings.classes],
             "n_objects": len(found["per_object"]),
             "n_gained": sum(1 for row in found["per_object"] if (row["gap"]["low"] or 0) > 0),
         }
         for name, found in figures["references"].items()
     }
-    gaps = {name: _gaps_of(found, headline) for name, found in figures["references"].items()}
+    gaps = {name: gaps_of(figures, name) for name in references}
     return {
         "references": references,
         "gaps": plots.gaps(gaps, f"PRG, percentage points, {PREDICTED[headline]} predicted"),
@@ -101,6 +105,11 @@ def parts(figures: Mapping[str, Any], scores: pl.DataFrame) -> dict[str, Any]:
         "rankings": RANKINGS,
         "optimistic": OPTIMISTIC_WARNING,
     }
+
+
+def answers(figures: Mapping[str, Any]) -> pl.Expr:
+    """What is to be inferred from a row of the scores, in words."""
+    return pl.col("objects").list.join(", ")
 
 
 def _means(figures: Mapping[str, Any]) -> list[dict[str, str]]:

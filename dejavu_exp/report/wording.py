@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import html
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -39,3 +40,44 @@ def rows_behind(target: Mapping[str, Any], unseen: Mapping[str, Any] | None) -> 
     excluded = sum(gap["n_excluded"] for gap in gaps)
     used = " + ".join(str(gap["n_used"]) for gap in gaps)
     return f"{used} ({excluded} excluded)" if excluded else used
+
+
+def p_value(value: float | None) -> str:
+    """A probability with two digits that count; a dash where there is none.
+
+    >>> p_value(0.000123), p_value(0.5), p_value(1.0), p_value(None)
+    ('0.00012', '0.50', '1.0', '–')
+    """
+    if value is None:
+        return "–"
+    return f"{value:.1e}" if 0 < value < 1e-5 else f"{value:#.2g}"
+
+
+def plain(value: Any) -> str:  # noqa: ANN401
+    """A number, a claim or a text in a cell; a dash where there is none.
+
+    >>> plain(12345), plain(0.123456), plain(True), plain(None)
+    ('12345', '0.123456', 'yes', '–')
+    """
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def markdown_cell(text: str) -> str:
+    """Text that cannot break out of a Markdown table or bring tags along.
+
+    >>> markdown_cell("a|b <i>")
+    'a&#124;b &lt;i&gt;'
+    """
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "&#124;")
+
+
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows as a Markdown table; their keys are the heading."""
+    if not rows:
+        return "Nothing."
+    lines = [rows[0].keys(), ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(markdown_cell(cell) for cell in line)} |" for line in lines)

@@ -94,7 +94,8 @@ class TrainingInputs:
         Raises:
             DataError: some are, by id or byte for byte, and `settings.copies` is not "drop".
         """
-        measured = self.backgrounds.filter(pl.col("role").is_in([Role.TARGET, Role.UNSEEN]))
+        is_measured = pl.col("role").is_in([Role.TARGET, Role.UNSEEN]), pl.col("status") != Status.LEAKED
+        measured = self.backgrounds.filter(*is_measured)
         content = measured["content"].drop_nulls().implode()
         copies = pl.col("id").is_in(measured["id"].implode()) | pl.col("content").is_in(content)
         found = views.filter(copies)
