@@ -4,7 +4,7 @@ VENV ?= .venv
 FAISS ?= cpu
 BIN := $(VENV)/bin
 
-.PHONY: help run test lint bench replicate clean
+.PHONY: help run test lint bench calibrate replicate clean
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -35,6 +35,12 @@ lint: $(VENV)/.dev  ## style, types and the import rule
 
 bench: $(VENV)/.dev  ## time the measurement's own parts side by side with other ways, in one run
 	$(BIN)/python -m benchmarks
+
+calibrate: $(VENV)/.run  ## plant memorization at known rates and measure it, ten minutes; writes docs/calibration.md
+	$(BIN)/python -m dejavu_exp.calibrate scoring.resamples=1000
+	$(BIN)/python -m dejavu_exp.calibrate --canaries 2,4,8,16
+	{ cat outputs/calibration/calibration.md; echo; cat outputs/canaries/canaries.md; } > docs/calibration.md
+	cp outputs/calibration/calibration.svg outputs/canaries/canaries.svg docs/
 
 DATA ?= data
 replicate: $(VENV)/.run  ## the paper's comparison on 20 classes of Tiny ImageNet in DATA, half an hour; resumes; writes docs/results.md

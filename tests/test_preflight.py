@@ -138,6 +138,7 @@ def test_missing_looks_at_no_image(planned: Callable[..., stages.Plan], monkeypa
 def test_a_survey_counts_exactly_and_leaves_nothing(planned: Callable[..., stages.Plan], tmp_path: Path) -> None:
     plan = planned(*QUICK, "reference=[naive_bayes,two_model,crop_classifier]", "references.two_model.directions=both")
     found = preflight.survey(plan)
+    assert not list((tmp_path / "cache").rglob("*"))
     assert found.missing == ()
     assert found.counts == {
         "target": (24, 24),
@@ -157,7 +158,6 @@ def test_a_survey_counts_exactly_and_leaves_nothing(planned: Callable[..., stage
     trained = [work for work in found.work if work.step == "train"]
     assert [work.cached for work in trained] == [0, 0, 0]
     assert all(work.line is not None and work.line.each > 0 for work in found.work)
-    assert not list((tmp_path / "cache").rglob("*"))
     assert {amount.name for amount in found.disk} >= {"training the encoder", "embeddings, references.two_model"}
     assert found.free_disk is not None
 
