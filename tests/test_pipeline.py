@@ -292,14 +292,27 @@ def test_no_boxes_file_is_refused(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_an_image_file_in_two_roles_is_noted(tmp_path: Path) -> None:
+def test_an_image_in_two_roles_is_noted_and_taken_out_on_request(tmp_path: Path) -> None:
     rows = user_images(tmp_path)
     first = (tmp_path / "000.jpg").read_bytes()
-    for name in rows["path"]:
-        if io.BytesIO((tmp_path / name).read_bytes()).read() and int(name[:3]) % 6 == 0:
-            (tmp_path / name).write_bytes(first)
+    for name in rows["path"][::6]:
+        (tmp_path / name).write_bytes(first)
     done = own_run(tmp_path, rows)
-    assert any("more than one role" in note for note in done.figures()["notes"])
+    assert any(note.startswith("The same image in two roles") for note in done.figures()["notes"])
+    assert done.figures()["leaks"]["excluded"] == 0
+    pairs = pl.read_parquet(done.folder / "leaks.parquet")
+    assert set(pairs["kind"]) == {"exact"}
+    assert set(pairs["id"]) | set(pairs["other_id"]) <= set(rows["path"][::6])
+    without = own_run(tmp_path, rows, "leaks=exclude")
+    assert without.code == 0, without.stderr
+    figures = without.figures()
+    leaked = sum(count["by_status"].get("leaked", 0) for count in figures["counts"].values())
+    assert leaked == figures["leaks"]["excluded"] > 0
+    measured = without.scores().filter(pl.col("status") == "ok")
+    still = pairs.filter(
+        pl.col("id").is_in(measured["id"].implode()), pl.col("other_id").is_in(measured["id"].implode())
+    )
+    assert not len(still)
 
 
 def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:

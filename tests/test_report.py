@@ -461,7 +461,7 @@ def test_a_run_folder_gets_whole_files(tmp_path: Path) -> None:
     facts, scores = figures()
     report.write(tmp_path, facts, scores, [item()], CORRELATED, COPIES)
     names = {"scores.parquet", "figures.json", "report.html", "correlated.parquet", "correlated.npy"}
-    names |= {"model_card.md", "model_card.json"}
+    names |= {"model_card.md", "model_card.json", "leaks.parquet"}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert pl.read_parquet(tmp_path / "scores.parquet").equals(scores)
     assert pl.read_parquet(tmp_path / "correlated.parquet").equals(CORRELATED)
@@ -472,7 +472,7 @@ def test_a_run_folder_gets_whole_files(tmp_path: Path) -> None:
 
 def test_no_correlated_row_is_an_empty_list(tmp_path: Path) -> None:
     facts, scores = figures()
-    report.write(tmp_path, facts, scores, [], CORRELATED, COPIES)
+    report.write(tmp_path, facts, scores, [], CORRELATED.clear(), COPIES)
     positions = np.load(tmp_path / "correlated.npy", allow_pickle=False)
     assert (positions.dtype, positions.shape) == (np.int64, (0,))
 
