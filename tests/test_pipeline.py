@@ -1,6 +1,5 @@
 """Whole runs: caches, a kill in the middle, bad input, and what the user reads then."""
 
-import io
 import json
 import os
 import signal
