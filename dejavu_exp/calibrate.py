@@ -26,26 +26,6 @@ SHARE = 0.3
 FOLDER = Path("outputs")
 
 
-def compose(overrides: Sequence[str]) -> dict[str, Any]:
-    """The resolved configuration of `python -m dejavu_exp` with these overrides, without options of that command.
-
-    Raises:
-        ConfigError: a group, a key or a value is not known.
-    """
-    from hydra import compose as compose_with_hydra
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-
-    with initialize_config_dir(str(config.CONF_DIR.resolve()), version_base="1.3"):
-        try:
-            composed = compose_with_hydra("config", list(overrides))
-        except HydraException as error:
-            raise ConfigError(f"{error}") from error
-    resolved = config.resolve(composed)
-    resolved.pop("run")
-    return resolved
-
-
 def population(plan: Plan) -> tuple[Population, str]:
     """Embed once what trials draw from: unseen rows, and target rows that training repeated.
 
@@ -175,7 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _calibrate(asked: argparse.Namespace, command: str) -> bool:
     """Do what was asked; True where nothing is wrong with the instrument."""
     folder = (asked.out or FOLDER / ("canaries" if asked.canaries else "calibration")).absolute()
-    settings = compose(_overrides(asked))
+    settings, _ = config.compose(_overrides(asked))
+    settings.pop("run")
     # Imported here: torch takes seconds, and --help must not.
     from dejavu_exp import ranks
     from dejavu_exp.calibration import canaries

@@ -11,7 +11,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,6 +162,31 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     if not resolved["references"]:
         raise ConfigError("reference is empty: choose at least one, e.g. reference=naive_bayes.")
     return resolved
+
+
+def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Compose a configuration as the command line does.
+
+    Returns:
+        The resolved configuration, and the name of its folder in a sweep.
+
+    Raises:
+        ConfigError: Hydra or the schema refuses it.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    register()
+    try:
+        with hydra.initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
+            cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
+    except HydraException as error:
+        raise ConfigError(f"{' '.join(overrides)}: {error}") from error
+    plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    # First, for its errors name the key; those of an interpolation would name hydra.sweep.subdir.
+    resolved = resolve(plain)
+    return resolved, str(OmegaConf.select(cfg, "hydra.sweep.subdir"))
 
 
 def build(resolved: Mapping[str, Any]) -> dict[str, Any]:

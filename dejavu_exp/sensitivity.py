@@ -111,31 +111,6 @@ class Variation:
         return f"{self.setting}: {self.value}" if self.setting in READINGS.values() else f"{self.setting}={self.value}"
 
 
-def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """Compose a configuration as the command line does.
-
-    Returns:
-        The resolved configuration, and the name of its folder in a sweep.
-
-    Raises:
-        ConfigError: Hydra or the schema refuses it.
-    """
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-
-    config.register()
-    try:
-        with hydra.initialize_config_dir(str(config.CONF_DIR), version_base="1.3"):
-            cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
-    except HydraException as error:
-        raise ConfigError(f"{' '.join(overrides)}: {error}") from error
-    plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-    # First, for its errors name the key; those of an interpolation would name hydra.sweep.subdir.
-    resolved = config.resolve(plain)
-    return resolved, str(OmegaConf.select(cfg, "hydra.sweep.subdir"))
-
-
 def plan(
     overrides: Sequence[str], asked: Sequence[str], out: Path, *, only: bool = False
 ) -> tuple[Variation, list[Variation]]:
@@ -151,7 +126,7 @@ def plan(
     Raises:
         ConfigError: the chosen configuration, or a value that was asked for, cannot work.
     """
-    resolved, name = compose([*SHORTENED, *overrides])
+    resolved, name = config.compose([*SHORTENED, *overrides])
     resolved.pop("run")
     config.build(resolved)
     vary = partial(_vary, overrides=tuple(overrides), folder=out / name, resolved=resolved)
@@ -213,7 +188,7 @@ def _parsed(text: str) -> tuple[str, list[str]]:
 def _vary(key: str, value: str, overrides: tuple[str, ...], folder: Path, resolved: Mapping[str, Any]) -> Variation:
     """The chosen configuration with another value, built once so that one that cannot work is found here."""
     given = (*overrides, f"{key}={value}")
-    changed, _ = compose([*SHORTENED, *given])
+    changed, _ = config.compose([*SHORTENED, *given])
     changed.pop("run")
     others = list(changed["references"])[1:]
     changed = _first_alone(changed)
@@ -359,7 +334,7 @@ def run(overrides: Sequence[str], asked: Sequence[str], out: Path, *, only: bool
 
     leads = launch.is_first_rank()
     console = Console(quiet=not leads)
-    options = compose([*SHORTENED, *overrides])[0]["run"]
+    options = config.compose([*SHORTENED, *overrides])[0]["run"]
     chosen, variations = plan(overrides, asked, out, only=only)
     everything = [chosen, *variations]
     if options["plan"]:

@@ -26,6 +26,13 @@ from dejavu_exp.scoring import LabelInference
 from dejavu_exp.splits import PerClassSplit
 from dejavu_exp.stages import Plan
 
+
+def settings_of(*overrides: str) -> dict[str, Any]:
+    settings, _ = config.compose(overrides)
+    settings.pop("run")
+    return settings
+
+
 LABELS = ("a", "b", "c")
 UNSEEN, REPEATED = 300, 30
 SCORING = LabelInference(resamples=100, fractions=(1.0, 0.2))
@@ -334,7 +341,7 @@ def test_canaries_by_repeats(population: Population) -> None:
 
 
 def test_a_configuration_with_canaries_builds() -> None:
-    settings = canaries.with_canaries(calibrate.compose(SMALL), 0.3, [2, 8])
+    settings = canaries.with_canaries(settings_of(*SMALL), 0.3, [2, 8])
     found: Any = config.build(settings)["dataset"]
     assert found == canaries.Canaries(found.dataset, found.split, 0, 0.3, (2, 8))
     assert (found.repeats, found.dataset.train_per_class, found.split.target) == ((2, 8), 30, 8)
@@ -372,7 +379,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.slow
 def test_a_population_comes_out_of_the_stages_of_a_run(cache: str) -> None:
-    plan = Plan(**config.build(calibrate.compose([*TRAINED, cache])))
+    plan = Plan(**config.build(settings_of(*TRAINED, cache)))
     found, encoder = calibrate.population(plan)
     assert set(found.rows["id"]) == {f"val/{label}/{row:04}.png" for label in found.donors for row in range(8)}
     assert found.name == "naive_bayes"

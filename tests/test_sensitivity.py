@@ -14,7 +14,7 @@ import pytest
 import yaml
 from conftest import SMALL
 
-from dejavu_exp import cells, sensitivity
+from dejavu_exp import cells, config, sensitivity
 from dejavu_exp.cells import State
 from dejavu_exp.errors import ConfigError
 from dejavu_exp.report import sensitive
@@ -35,7 +35,7 @@ def test_numbers_are_scaled_and_the_chosen_value_is_left_out() -> None:
 
 
 def keys(*overrides: str) -> dict[str, list[str]]:
-    return sensitivity.grid(sensitivity.compose(overrides)[0])
+    return sensitivity.grid(config.compose(overrides)[0])
 
 
 def test_the_configuration_decides_what_is_varied() -> None:
@@ -65,7 +65,7 @@ def test_what_was_asked_for_replaces_the_default_and_equals_are_measured_once(tm
     assert list(chosen.resolved["references"]) == ["class_prior", "label_shuffle"]
     assert list(found[0].resolved["references"]) == ["class_prior"]
     # The overrides alone give what was measured: the status command tells people to run them.
-    again = sensitivity.compose([*sensitivity.SHORTENED, *found[0].overrides])[0]
+    again = config.compose([*sensitivity.SHORTENED, *found[0].overrides])[0]
     again.pop("run")
     assert again == found[0].resolved
 
