@@ -329,7 +329,7 @@ def test_canaries_by_repeats(population: Population) -> None:
     known, guessed = (is_right(found, 200) * 1.0 for found in (population.target, population.reference))
     gap = (1 - guessed[:40]).mean() - (known - guessed)[100:].mean()
     assert often["corrected_gap"]["value"] == pytest.approx(gap)
-    assert often["corrected_gap"]["low"] > plain["corrected_gap"]["high"]
+    assert often["corrected_gap"]["low"] > max(0, plain["corrected_gap"]["value"])
     column = scores["memorization_score"].to_numpy()
     assert often["auroc"] == pytest.approx(metrics.auroc(column[:40], column[100:])) == rocs[8].area
     assert often["listed"] == (scores["q_value"][:40] <= 0.1).mean() > plain["listed"]
