@@ -21,7 +21,7 @@ from dejavu_exp.encoders import TimmEncoder
 from dejavu_exp.extract import Extractor
 from dejavu_exp.images import ViewImages
 
-IMAGES, BATCH = 128, 32
+IMAGES, BATCH = 256, 32
 """Images embedded, and those of a forward pass."""
 ROUNDS = 3
 BARE = "the bare network, batches ready"
