@@ -224,10 +224,7 @@ def test_annotation_pickles_of_lists_and_arrays_are_read(tmp_path: Path) -> None
 
 
 def test_two_processes_train_what_one_trains(small: Finished, tmp_path: Path) -> None:
-    """The caches are apart, so both train; the weights differ in the last digits, the objects named seldom.
-
-    How seldom depends on the number of threads, which decides the order of sums: between 97 and 95 % are the same.
-    """
+    """The caches are apart, so both train; the weights differ in the last digits, the objects named hardly ever."""
     done = measure(tmp_path, *SMALL_PAIRS, "reference=text_ngrams", "training.devices=2")
     assert done.code == 0, done.stderr
     one, two = (
@@ -235,7 +232,7 @@ def test_two_processes_train_what_one_trains(small: Finished, tmp_path: Path) ->
         for run in (small, done)
     )
     assert one["id"].equals(two["id"])
-    assert (one["target_found"] == two["target_found"]).sum() >= 0.93 * len(one)
+    assert (one["target_found"] == two["target_found"]).sum() >= 0.97 * len(one)
     told = [json.loads((run.folder / "figures.json").read_text()) for run in (small, done)]
     gaps = [found["references"]["text_ngrams"]["roles"]["target"]["all"]["prg"]["value"] for found in told]
     assert gaps[0] == pytest.approx(gaps[1], abs=0.051)
