@@ -316,23 +316,23 @@ def test_too_few_target_rows_for_the_canaries() -> None:
 
 
 def test_canaries_by_repeats(population: Population) -> None:
-    """40 rows with others' answers that are remembered count as repeated 8 times, 60 with their own as not repeated."""
-    unseen, target = np.arange(100, 200), np.arange(100)
+    """60 rows with others' answers that are remembered count as repeated 8 times, 90 with their own as not repeated."""
+    unseen, target = np.arange(150, 300), np.arange(150)
     places = target.copy()
-    places[:40] = [population.donors[LABELS[row % 3]][0] for row in target[:40]]
-    roles = ["target"] * 100 + ["unseen"] * 100
+    places[:60] = [population.donors[LABELS[row % 3]][0] for row in target[:60]]
+    roles = ["target"] * 150 + ["unseen"] * 150
     scores = population.scores(SCORING, np.concatenate([target, unseen]), np.concatenate([places, unseen]), roles)
-    repeats = scores.select("id", planted_repeats=pl.Series([8] * 40 + [1] * 160))
+    repeats = scores.select("id", planted_repeats=pl.Series([8] * 60 + [1] * 240))
     plan: Any = SimpleNamespace(scoring=SCORING, seed=0)
     (plain, often), rocs = canaries.by_repeats(plan, scores, repeats)
-    assert [(row["repeats"], row["rows"], row["unseen"]) for row in (plain, often)] == [(1, 60, 100), (8, 40, 100)]
-    known, guessed = (is_right(found, 200) * 1.0 for found in (population.target, population.reference))
-    gap = (1 - guessed[:40]).mean() - (known - guessed)[100:].mean()
+    assert [(row["repeats"], row["rows"], row["unseen"]) for row in (plain, often)] == [(1, 90, 150), (8, 60, 150)]
+    known, guessed = (is_right(found, 300) * 1.0 for found in (population.target, population.reference))
+    gap = (1 - guessed[:60]).mean() - (known - guessed)[150:].mean()
     assert often["corrected_gap"]["value"] == pytest.approx(gap)
-    assert often["corrected_gap"]["low"] > max(0, plain["corrected_gap"]["value"])
+    assert often["corrected_gap"]["low"] > plain["corrected_gap"]["high"]
     column = scores["memorization_score"].to_numpy()
-    assert often["auroc"] == pytest.approx(metrics.auroc(column[:40], column[100:])) == rocs[8].area
-    assert often["listed"] == (scores["q_value"][:40] <= 0.1).mean() > plain["listed"]
+    assert often["auroc"] == pytest.approx(metrics.auroc(column[:60], column[150:])) == rocs[8].area
+    assert often["listed"] == (scores["q_value"][:60] <= 0.1).mean() > plain["listed"]
     broken = scores.with_columns(
         status=pl.when(pl.col("role") == "unseen").then(pl.lit("too_small")).otherwise("status")
     )

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
@@ -438,7 +439,11 @@ def test_many_runs_are_compared_in_seconds(tmp_path: Path) -> None:
         }
         write(tmp_path / str(place), planted(references=found, encoder=f"timm net{place % 5}, logits", **settings))
     assert (tmp_path / "0" / "figures.json").stat().st_size > 350_000
-    # Processor time of the command, so that what else the machine does at the moment does not count.
+    # Processor time beside that of reading the files, for machines differ: 8 times as much on a quiet one.
+    read_from = time.process_time()
+    for place in range(100):
+        json.loads((tmp_path / str(place) / "figures.json").read_text())
+    reading = time.process_time() - read_from
     before = os.times()
     done = command(tmp_path, "--out", tmp_path / "out")
     after = os.times()
@@ -447,7 +452,7 @@ def test_many_runs_are_compared_in_seconds(tmp_path: Path) -> None:
     assert "260 more rows are in the files." in done.stdout
     html = (tmp_path / "out" / "comparison.html").read_text()
     assert "The 40 largest of 100; the table has them all." in html
-    assert seconds < 5
+    assert seconds < 16 * reading
 
 
 def test_the_command_line(tmp_path: Path) -> None:
