@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dejavu_exp import safety
 from dejavu_exp.errors import ConfigError, DejavuError
 
 if typing.TYPE_CHECKING:
@@ -44,6 +45,11 @@ PARTS = (
     *("trainer", "training", "utility", "gate", "report", "tracking"),
 )
 NUMBERS = ("seed", "gallery", "reference_seeds")
+
+TARGETS = "DEJAVU_TARGETS"
+"""Environment variable with the packages, beside this one, whose classes a configuration may name; commas between."""
+# Read before any configuration is: one from elsewhere can set the environment (hydra.job.env_set).
+_TRUSTED = ("dejavu_exp", *filter(None, os.environ.get(TARGETS, "").split(",")))
 
 LONGEST_REFERENCES = 60
 """Characters of the references' names in a folder's name; file systems allow 255 in all."""
@@ -83,7 +89,11 @@ class Schema:
 
 @contextmanager
 def spoken_errors() -> Iterator[None]:
-    """End the program with one sentence for an error that has one; with HYDRA_FULL_ERROR=1, with the traceback."""
+    """End the program with one sentence for an error that has one; with HYDRA_FULL_ERROR=1, with the traceback.
+
+    Every command does its work in here, and lets nobody but owner and group change what it writes.
+    """
+    safety.keep_others_from_writing()
     try:
         yield
     except DejavuError as error:
@@ -138,7 +148,8 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     """Check the composed configuration against the schema and resolve it.
 
     Raises:
-        ConfigError: an unknown key (also one added with `+`), a missing value, or a value of another type.
+        ConfigError: an unknown key (also one added with `+`), a missing value, a value of another type, or a secret
+            among the values.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -161,6 +172,7 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     resolved = typing.cast(dict[str, Any], plain)
     if not resolved["references"]:
         raise ConfigError("reference is empty: choose at least one, e.g. reference=naive_bayes.")
+    safety.refuse_secrets(resolved)
     return resolved
 
 
@@ -179,7 +191,7 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
 
     register()
     try:
-        with hydra.initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
+        with _other_hydra_aside(), hydra.initialize_config_dir(str(CONF_DIR.resolve()), version_base="1.3"):
             cfg = hydra.compose("config", list(overrides), return_hydra_config=True)
     except HydraException as error:
         raise ConfigError(f"{' '.join(overrides)}: {error}") from error
@@ -187,6 +199,21 @@ def compose(overrides: Sequence[str]) -> tuple[dict[str, Any], str]:
     # First, for its errors name the key; those of an interpolation would name hydra.sweep.subdir.
     resolved = resolve(plain)
     return resolved, str(OmegaConf.select(cfg, "hydra.sweep.subdir"))
+
+
+@contextmanager
+def _other_hydra_aside() -> Iterator[None]:
+    """Let Hydra be initialized where the program that calls this has already done so, and leave that as it was."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.version import VersionBase
+
+    before, base = GlobalHydra.instance().hydra, VersionBase.instance().version_base
+    GlobalHydra.instance().hydra = None
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = before
+        VersionBase.instance().version_base = base
 
 
 def build(resolved: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,9 +236,10 @@ def bind(node: object, key: str) -> Any:  # noqa: ANN401 - whatever `_target_` n
     Args:
         node: the resolved configuration node.
         key: where it is, for errors.
-    """
-    from hydra.utils import get_object
 
+    Raises:
+        ConfigError: the node is wrong, or `_target_` is no class that may be built, see `TARGETS`.
+    """
     if isinstance(node, list):
         return [bind(item, f"{key}.{index}") for index, item in enumerate(node)]
     if not isinstance(node, Mapping):
@@ -219,12 +247,35 @@ def bind(node: object, key: str) -> Any:  # noqa: ANN401 - whatever `_target_` n
     arguments = {str(name): bind(value, f"{key}.{name}") for name, value in node.items() if name != "_target_"}
     if "_target_" not in node:
         return arguments
-    try:
-        target = get_object(node["_target_"])
-    except Exception as error:
-        raise ConfigError(f"{key}._target_={node['_target_']}: cannot be imported: {error}") from error
+    target = _class_of(str(node["_target_"]), f"{key}._target_")
     _check_arguments(target, arguments, key)
     return target(**arguments)
+
+
+def _class_of(name: str, key: str) -> type:
+    """The class of a dotted name, unless importing or calling it would run code that nobody has said to trust."""
+    from hydra.utils import get_object
+
+    _refuse_strangers(name, key, name)
+    try:
+        found = get_object(name)
+    except Exception as error:
+        raise ConfigError(f"{key}={name}: cannot be imported: {error}") from error
+    if not isinstance(found, type):
+        raise ConfigError(f"{key}={name}: is no class. Parts of a configuration are classes.")
+    # A trusted module also has names of what it imports.
+    _refuse_strangers(f"{found.__module__}.{found.__qualname__}", key, name)
+    return found
+
+
+def _refuse_strangers(name: str, key: str, said: str) -> None:
+    if not any(name == trusted or name.startswith(f"{trusted}.") for trusted in _TRUSTED):
+        package = name.partition(".")[0]
+        raise ConfigError(
+            f"{key}={said}: {package} is not among the packages whose code a configuration may run "
+            f"({', '.join(_TRUSTED)}). If you trust this configuration and {package}, set {TARGETS}={package} in the "
+            "environment."
+        )
 
 
 def _check_arguments(target: type, arguments: Mapping[str, object], key: str) -> None:

@@ -39,6 +39,7 @@ class Evidence:
         distance: shape (N,), to the nearest bank entry, in the probe's unit; None for a predictor without a bank.
         nearest: shape (N, up to 5), ids of the nearest bank rows, nearest first, empty in a row without evidence; None
             where they are not known.
+        entropy: shape (N,), nats, where the predictor tells it but not all of its probabilities; None: theirs.
     """
 
     ids: tuple[str, ...]
@@ -49,6 +50,7 @@ class Evidence:
     tied: BoolArray
     distance: FloatArray | None = None
     nearest: npt.NDArray[Any] | None = None
+    entropy: FloatArray | None = None
 
     def __post_init__(self) -> None:
         if len(set(self.ids)) != len(self.ids):
@@ -79,6 +81,7 @@ class Evidence:
             self.tied[rows],
             None if self.distance is None else self.distance[rows],
             None if self.nearest is None else self.nearest[rows],
+            None if self.entropy is None else self.entropy[rows],
         )
 
     def spread_over(self, ids: Sequence[str]) -> Evidence:
@@ -103,6 +106,7 @@ class Evidence:
             spread(self.tied, False),
             None if self.distance is None else spread(self.distance, np.nan),
             None if self.nearest is None else spread(self.nearest, ""),
+            None if self.entropy is None else spread(self.entropy, np.nan),
         )
 
     def nearest_by_id(self) -> dict[str, list[str]]:
@@ -116,6 +120,10 @@ class Evidence:
         # A row is finite as a whole or not at all, and its sum is finite then; no matrix of booleans is needed.
         with np.errstate(invalid="ignore"):
             return np.asarray(np.isfinite(self.probabilities.sum(axis=1)))
+
+    def entropies(self, rows: BoolArray) -> FloatArray:
+        """How unsure the predictor is of some rows, nats."""
+        return metrics.entropy(self.probabilities[rows]) if self.entropy is None else self.entropy[rows]
 
     def correct(self, truth: IntArray, top: int = 1) -> BoolArray:
         """True where the true label is among the `top` first; shape (N,). `truth` holds columns, -1 for none."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
+import struct
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,8 +29,14 @@ from dejavu_exp.tables import Status
 if TYPE_CHECKING:
     from torch import Tensor
 
-UNREADABLE_ERRORS = (OSError, KeyError, SyntaxError, ValueError, Image.DecompressionBombError, UnidentifiedImageError)
-"""What Pillow and the stores raise for an image that is missing, cut off or not an image."""
+UNREADABLE_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+    SyntaxError, TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+"""What Pillow's readers and the stores raise for an image that is missing, damaged, made to harm or not an image."""
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Formats that are read, whatever a file is called; of moving pictures the first. Pillow knows others, some of which
+start programs (EPS) or are read by code that nobody uses."""
 DECODERS = ("auto", "pillow")
 """How views are decoded. "pillow" decodes the whole picture and transforms it with the same bits as the encoder's own
 transform on a picture of Pillow. "auto" decodes only the region where it can, with the same bits, and lets torch
@@ -36,13 +45,41 @@ resize, which moves some values by 1/255, seldom by 2/255, before they are norma
 
 def decode(content: bytes) -> Image.Image:
     """Decode to RGB. EXIF rotation is not applied: boxes count in the pixels as they are stored."""
-    with _opened(content) as picture:
-        return picture.convert("RGB")
+    with opened(content) as picture:
+        return eight_bits(picture).convert("RGB")
 
 
-def _opened(content: bytes) -> Image.Image:
+def eight_bits(picture: Image.Image) -> Image.Image:
+    """Grey of 16 bits by its upper 8, as Pillow reads colours of 16 bits; its own conversion would make most white.
+
+    Raises:
+        ValueError: the values have 32 bits, and so no known range.
+    """
+    if picture.mode in ("I", "F"):
+        raise ValueError(
+            f"its pixels are numbers of 32 bits (Pillow's mode {picture.mode}), of which nobody can say what is white; "
+            "save it with 8 or 16 bits"
+        )
+    if not picture.mode.startswith("I;16"):
+        return picture
+    return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this build of Pillow knows."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def opened(content: bytes) -> Image.Image:
+    """A picture of which only the header is read, of one of `FORMATS`.
+
+    Raises:
+        Some of UNREADABLE_ERRORS: it is none.
+    """
     try:
-        return Image.open(io.BytesIO(content))
+        return Image.open(io.BytesIO(content), formats=_formats())
     except UnidentifiedImageError as error:  # its message names an address in memory, another one in every run
         raise UnidentifiedImageError("cannot identify image file") from error
 
@@ -63,7 +100,7 @@ def inspect(rows: pl.DataFrame, store: ImageStore, title: str = "reading images"
     def look(path: str) -> tuple[str | None, int | None, int | None, str | None]:
         try:
             content = store.read(path)
-            with _opened(content) as picture:
+            with opened(content) as picture:
                 return provenance.hash_bytes(content), picture.width, picture.height, None
         except UNREADABLE_ERRORS as error:
             return None, None, None, f"{path}: {error}"
@@ -102,7 +139,7 @@ def decoder_text(decoder: str) -> str:
     Args:
         decoder: one of `DECODERS`.
     """
-    pillow = f"Pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
+    pillow = f"Pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}, upper 8 of 16 bits"
     if decoder == "pillow":
         return f"whole pictures and resize: {pillow}"
     return f"regions: {jpeg.library() or 'none'}; whole pictures: {pillow}; resize: torch"

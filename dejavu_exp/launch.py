@@ -7,9 +7,10 @@ import json
 import logging
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dejavu_exp import cells, config
+from dejavu_exp import cells, config, safety
 from dejavu_exp.cells import Cell, State, Status
 from dejavu_exp.config import spoken_errors
-from dejavu_exp.errors import ConfigError, DejavuError
+from dejavu_exp.errors import ConfigError, DataError, DejavuError
 
 if TYPE_CHECKING:
     from dejavu_exp.stages import Plan
@@ -34,6 +35,8 @@ BASIC_LAUNCHER = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
 SLURM_LAUNCHER = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
 EXTRAS = {"hydra_submitit_launcher": "slurm", "hydra_ray_launcher": "ray"}
 """The extra of this package that installs a plugin of Hydra."""
+LEAST_ROOM = 1 << 16
+"""Bytes of a run's smallest files: configuration, log and status."""
 STOPPED_BY_GATE = 3
 """Exit status where a run, or a cell of a sweep, is whole but does not pass the release gate."""
 
@@ -103,9 +106,11 @@ def told(command: str) -> Iterator[Callable[[State], None]]:
     Yields:
         A function that says the run's new state.
     """
+    # Again, for a task of SLURM is a process of its own.
+    safety.keep_others_from_writing()
     hydra = HydraConfig.get()
     folder, sweeping = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
-    given = (*hydra.overrides.hydra, *hydra.overrides.task)
+    given = (*_words(hydra.overrides.hydra), *_words(hydra.overrides.task))
     status = Status.here(State.RUNNING, command, given, sweeping, _log_file(folder, hydra.job.name))
 
     # Asked now, for the environment may say so no more when the ranks have met.
@@ -120,7 +125,8 @@ def told(command: str) -> Iterator[Callable[[State], None]]:
         yield tell
     except Exception as error:
         sentence = f"{type(error).__name__}: {error}"
-        tell(State.FAILED, sentence)
+        with suppress(DataError):  # where the disk is full the status too finds no room
+            tell(State.FAILED, sentence)
         if not sweeping:
             with spoken_errors():
                 raise
@@ -181,14 +187,22 @@ def _check_distinct(found: Sequence[Cell]) -> None:
 
 
 class SweepCallback(Callback):  # type: ignore[misc, unused-ignore]
-    """Checks the cells of a sweep before the first is started, and says at the end which did not finish."""
+    """Checks a run, and the cells of a sweep, before anything is written; says last which cells did not finish."""
 
     def __init__(self) -> None:
         self.cells: list[Cell] = []
 
+    def on_run_start(self, config: DictConfig, **_: object) -> None:
+        """Refuse secrets, and a folder that cannot be written, before Hydra writes the configuration there."""
+        with spoken_errors(), _fatal():
+            _refuse_secrets(config)
+            _check_writable("hydra.run.dir", config.hydra.run.dir)
+
     def on_multirun_start(self, config: DictConfig, **_: object) -> None:
         """Compose all cells; plan them where that is asked; refuse to queue a sweep with a hole."""
         with spoken_errors(), _fatal():
+            _refuse_secrets(config)
+            _check_writable("hydra.sweep.dir", config.hydra.sweep.dir)
             _check_launcher(config)
             found = compose(config)
             if found and found[0].resolved["run"]["plan"]:
@@ -227,6 +241,32 @@ def _fatal() -> Iterator[None]:
     except Exception:
         log.exception("the sweep was not looked through")
         sys.exit(1)
+
+
+def _refuse_secrets(master: DictConfig) -> None:
+    """Look at what Hydra writes as it stands: values that name the environment (`${oc.env:NAME}`) only show later."""
+    for word in (*_words(master.hydra.overrides.hydra), *_words(master.hydra.overrides.task)):
+        safety.refuse_secrets(word, word.partition("=")[0])
+    safety.refuse_secrets(OmegaConf.to_container(master))
+
+
+def _words(overrides: Sequence[str]) -> list[str]:
+    """Overrides as they were given; to iterate would put in what they interpolate, which may be a secret."""
+    return [str(word) for word in OmegaConf.to_container(overrides, resolve=False) or ()]
+
+
+def _check_writable(key: str, folder: str) -> None:
+    """Make the folder, and see whether a file finds room in it; Hydra would show a traceback where it does not."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as stream:
+            stream.write(bytes(LEAST_ROOM))
+            stream.flush()
+            os.fsync(stream.fileno())  # some file systems only find out then
+    except OSError as error:
+        raise ConfigError(
+            f"{key}={folder}: cannot be written ({error}). Free some space, or name another folder with {key}=DIR."
+        ) from error
 
 
 def _unfinished(cell: Cell, jobs: Mapping[str, str] | None) -> str | None:
@@ -297,5 +337,5 @@ def _say_queued(waiting: Sequence[Cell], master: DictConfig) -> None:
     for cell in waiting:
         if cell.state(jobs) not in (State.QUEUED, State.RUNNING):
             (cell.folder / cells.SUBMITTED).unlink(missing_ok=True)
-            given = (*master.hydra.overrides.hydra, *cell.overrides)
+            given = (*_words(master.hydra.overrides.hydra), *cell.overrides)
             Status.here(State.QUEUED, command, given, True, None).write(cell.folder)

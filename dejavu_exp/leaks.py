@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 from collections.abc import Callable
@@ -349,7 +348,7 @@ def _cached(path: Path, make: Callable[[], pl.DataFrame]) -> pl.DataFrame:
     if path.exists():
         try:
             return pl.read_parquet(path)
-        except (OSError, pl.exceptions.PolarsError) as error:
+        except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             log.warning("%s is damaged and will be made again: %s", path, error)
     made = make()
     tables.write(made, path)
@@ -383,12 +382,12 @@ def _prints(files: pl.DataFrame, store: ImageStore) -> pl.DataFrame:
 
 def _print(content: bytes) -> tuple[Prints, list[int]]:
     """The small grey picture of an image file, and the hashes of its variants."""
-    with Image.open(io.BytesIO(content)) as picture:
+    with images.opened(content) as picture:
         # A large JPEG is decoded at a half, a quarter or an eighth of its size, which is several times faster.
         drafted = picture.draft("L", (SIDE, SIDE))
         # Then its last column and row may be of a part of the picture only, which a mirrored copy has at the other end.
         shown = drafted[1] if drafted else None
-        whole = picture.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS, box=shown)
+        whole = images.eight_bits(picture).convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS, box=shown)
     inner = (SIDE * CROP, SIDE * CROP, SIDE * (1 - CROP), SIDE * (1 - CROP))
     variants = [whole, whole.resize(whole.size, Image.Resampling.BICUBIC, box=inner)]
     variants += [variant.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for variant in variants]

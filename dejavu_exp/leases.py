@@ -100,7 +100,7 @@ class Leases:
         try:
             facts = json.loads(said or b"")
             return f"process {facts['pid']} on {facts['host']}"
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return "another process"
 
     @contextmanager
@@ -219,7 +219,7 @@ def _has_died(said: bytes, path: Path) -> bool:
         if facts["machine"] is None or facts["machine"] != _machine() or path.stat().st_uid != os.getuid():
             return False
         return bool(_started(facts["pid"]) != facts["started"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -198,7 +198,9 @@ def coverage(rows: pl.DataFrame) -> dict[str, dict[str, float | None]]:
             "rows of the smallest class": int(classes.min()) if len(classes) else None,
             "rows of the largest class": int(classes.max()) if len(classes) else None,
             "share with a tag": float((tagged.list.len() > 0).to_numpy().mean()) if len(tagged) else None,
-            "share where the encoder's first label is tied": float(part["target_tied"].to_numpy().mean()),
+            "share where the encoder's first label is tied": float(part["target_tied"].to_numpy().mean())
+            if len(part)
+            else None,
         }
         for name, value in values.items():
             found.setdefault(name, {})[str(role)] = value if len(part) else None

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -436,7 +436,10 @@ def _rank(
 class Reader(Protocol):
     """Whatever says what it can embed: an encoder as configured, or one that is trained here."""
 
-    reads: ClassVar[frozenset[str]]
+    @property
+    def reads(self) -> frozenset[str]:
+        """What it can embed, of "images" and "texts"."""
+        ...
 
 
 @dataclass(frozen=True)

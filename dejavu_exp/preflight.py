@@ -30,12 +30,15 @@ from rich.table import Column, Table
 from dejavu_exp import crops, stages
 from dejavu_exp.captions import Caption
 from dejavu_exp.encoders import (
+    CallableEncoder,
     CheckpointEncoder,
     DetectorEncoder,
+    HuggingFaceEncoder,
     LoadedEncoder,
     OpenClipEncoder,
     SentenceEncoder,
     TimmEncoder,
+    TorchScriptEncoder,
     ZeroShotEncoder,
 )
 from dejavu_exp.encoders import weights as sources
@@ -353,6 +356,16 @@ def _check_folder(key: str, encoder: DetectorEncoder | SentenceEncoder, plan: Pl
         )
 
 
+def _check_own(key: str, encoder: CallableEncoder | HuggingFaceEncoder | TorchScriptEncoder, plan: Plan) -> None:
+    """An encoder of the user's own: whatever it needs, its own check finds, which fetches nothing here."""
+    encoder.check()
+
+
+def _check_texts(key: str, encoder: HuggingFaceEncoder, plan: Plan) -> None:
+    if "texts" in plan.probe.reads:
+        encoder.check_texts()
+
+
 PUBLISHED: Mapping[type, tuple[Callable[[str, Any, Plan], None], ...]] = {
     TimmEncoder: (_check_timm,),
     OpenClipEncoder: (_check_open_clip, _check_tokenizer),
@@ -360,6 +373,9 @@ PUBLISHED: Mapping[type, tuple[Callable[[str, Any, Plan], None], ...]] = {
     CheckpointEncoder: (_check_checkpoint,),
     DetectorEncoder: (_check_folder,),
     SentenceEncoder: (_check_folder,),
+    TorchScriptEncoder: (_check_own,),
+    CallableEncoder: (_check_own,),
+    HuggingFaceEncoder: (_check_own, _check_texts),
 }
 """What finds out, by raising WeightsError, that published parts of an encoder are in no local cache."""
 

@@ -54,9 +54,9 @@ class ShardFolder:
         return -(-self.rows // self.rows_per_shard)
 
     def write_request(self, views: pl.DataFrame) -> None:
-        """Write the table of views, which is sorted by its unique column view_id, unless it is there."""
+        """Write the table of views, which is sorted by its unique column view_id, unless it is there and whole."""
         path = self.folder / "request.feather"
-        if path.exists():
+        if path.exists() and self._is_request(views):
             return
         schema = views.clear().to_arrow(compat_level=pl.CompatLevel.oldest()).schema
         with tables.whole(path) as partial, pa.OSFile(str(partial), "wb") as stream:  # noqa: SIM117 - closed in this order
@@ -65,9 +65,22 @@ class ShardFolder:
                     part = views[start : start + WRITTEN_ROWS]
                     writer.write_table(part.to_arrow(compat_level=pl.CompatLevel.oldest()))
 
+    def _is_request(self, views: pl.DataFrame) -> bool:
+        """True where the table that is there holds the ids of `views`; a disk that was full can leave less."""
+        try:
+            table = self._read_request()
+            table.validate(full=True)
+            return bool(pl.Series(table["view_id"]).equals(views["view_id"]))
+        except (OSError, pa.ArrowException, LookupError, TypeError, ValueError) as error:
+            log.warning("%s is damaged and will be made again: %s", self.folder / "request.feather", error)
+            return False
+
     @cached_property
     def request(self) -> pa.Table:
         """The table of views."""
+        return self._read_request()
+
+    def _read_request(self) -> pa.Table:
         with pa.memory_map(str(self.folder / "request.feather")) as stream:
             return pa.ipc.open_file(stream).read_all()
 
@@ -190,15 +203,17 @@ class ShardFolder:
         try:
             with pa.memory_map(str(self.path(shard))) as stream, pa.ipc.open_file(stream) as reader:
                 table = reader.read_all()
-                metadata = table.schema.metadata
+                table.validate(full=True)  # without it a damaged offset is followed out of the file
+                metadata = table.schema.metadata or {}
                 ids, reasons = table["view_id"].to_pylist(), table["reason"].to_pylist()
                 values = np.array(table["values"].combine_chunks().flatten()).reshape(len(ids), -1)
         except FileNotFoundError:
             return None
-        except (OSError, pa.ArrowInvalid, KeyError, ValueError, UnicodeDecodeError) as error:
+        # Arrow's own errors, and those of metadata and columns that are others than were written.
+        except (OSError, pa.ArrowException, LookupError, TypeError, ValueError, AttributeError, MemoryError) as error:
             log.warning("%s is damaged and will be made again: %s", self.path(shard), error)
             return None
-        if ids != self.ids(self.span(shard)) or metadata[b"checksum"].decode() != checksum(ids, values, reasons):
+        if ids != self.ids(self.span(shard)) or metadata.get(b"checksum") != checksum(ids, values, reasons).encode():
             log.warning("%s is damaged and will be made again: its checksum does not fit", self.path(shard))
             return None
         return values, reasons

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 from typing import Generic, Protocol, TypeAlias, TypeVar
@@ -17,6 +18,8 @@ from dejavu_exp.tables import IntArray, Role, Status
 
 T = TypeVar("T")
 
+WHOLE_BELOW = 1 << 53
+"""Larger numbers are no positions: floats are no longer exact there, and some integers would become negative."""
 WITHOUT_ROLE = (Status.UNREADABLE,)
 """A row with one of these cannot serve in any role; splits by class leave out rows without label besides."""
 
@@ -33,8 +36,13 @@ class Split(Protocol):
         """Roles of the manifest's rows that got one, columns of `tables.ROLES`, sorted by id."""
         ...
 
-    def report(self, roles: pl.DataFrame) -> list[str]:
-        """One sentence for each count that was asked for and not reached."""
+    def report(self, roles: pl.DataFrame, rows: pl.DataFrame) -> list[str]:
+        """One sentence for each count that was asked for and not reached.
+
+        Args:
+            roles: as `assign` gave them.
+            rows: what it was given.
+        """
         ...
 
 
@@ -185,7 +193,7 @@ class PerClassSplit:
         parts = _deal_classes(rows, seed, self.fit_origin, dealt, "split.target, split.heldout or split.shared")
         return _roles(parts, [] if same else _unseen(rows, seed, self.unseen_origin, self.unseen, parts))
 
-    def report(self, roles: pl.DataFrame) -> list[str]:
+    def report(self, roles: pl.DataFrame, rows: pl.DataFrame) -> list[str]:
         """One sentence for each role that has fewer images than asked for in some class."""
         asked: dict[str, int] = {Role.TARGET: self.target, Role.HELDOUT: self.heldout, Role.SHARED: self.shared}
         counts = _counts(roles)
@@ -230,7 +238,7 @@ class AuthorsSplit:
         parts = _deal_classes(rows, seed, self.fit_origin, dealt, "split.num_per_class")
         return _roles(parts, _unseen(rows, seed, self.unseen_origin, self.unseen, parts))
 
-    def report(self, roles: pl.DataFrame) -> list[str]:
+    def report(self, roles: pl.DataFrame, rows: pl.DataFrame) -> list[str]:
         """One sentence for each role, and for the training sets, with fewer images than asked for in some class."""
         counts = _counts(roles)
         asked: dict[str, int] = {
@@ -314,7 +322,7 @@ class NpySplit:
             parts.append(unseen.with_columns(role=pl.lit(str(Role.UNSEEN))))
         return _checked(pl.concat(parts))
 
-    def report(self, roles: pl.DataFrame) -> list[str]:
+    def report(self, roles: pl.DataFrame, rows: pl.DataFrame) -> list[str]:
         """One sentence for each role without any image."""
         found = set(roles["role"].unique())
         return [f"{role}: the split gives no image this role (split.{role})." for role in Role if role not in found]
@@ -402,7 +410,7 @@ class OriginSplit:
             parts.append(found.select("id", "label", role=pl.lit(str(role))))
         return _checked(pl.concat(parts))
 
-    def report(self, roles: pl.DataFrame) -> list[str]:
+    def report(self, roles: pl.DataFrame, rows: pl.DataFrame) -> list[str]:
         """One sentence for each role with fewer rows than its limit."""
         found = dict(roles.group_by("role").len().iter_rows())
         return [
@@ -481,9 +489,168 @@ class RandomSplit:
         dealt = [(*pair, str(role)) for role in Role for pair in getattr(part, role)]
         return _checked(pl.DataFrame(dealt, schema=dict(tables.ROLES), orient="row"))
 
-    def report(self, roles: pl.DataFrame) -> list[str]:
+    def report(self, roles: pl.DataFrame, rows: pl.DataFrame) -> list[str]:
         """Nothing: a pool that is too small is an error of `assign`."""
         return []
+
+
+@dataclass(frozen=True)
+class SharesSplit:
+    """Shares of the images of each class instead of counts, for classes of any and of unlike sizes.
+
+    Counts are the whole numbers nearest to the shares, by the largest remainder; the draw is that of `PerClassSplit`.
+    A class in which a role with a share would get no image is left out, and the report says so.
+
+    An encoder trained elsewhere has seen all of fit_origin, and images drawn from there would make a null run of
+    memorized ones. So unseen images come from another origin, or from a list: a statement that no encoder saw them.
+
+    Attributes:
+        target: share of measured images; they need boxes.
+        heldout: share of images that train the references; they need boxes.
+        shared: share of images that train all encoders trained here; those without boxes first.
+        public: share of images in the bank; those without boxes first.
+        unseen: share, of the images that no encoder saw, that is used; 0 to 1. They need boxes.
+        min_side_px: a usable background crop has its smallest side above this, pixels; read by the view.
+        fit_origin: the part of the data set that gives target, heldout, shared and public.
+        unseen_origin: the part that no encoder saw; where the data set has none, no image is unseen.
+        unseen_list: path of a text file with ids, one a line, of further images that no encoder saw; null for none.
+    """
+
+    target: float
+    heldout: float
+    shared: float
+    public: float
+    unseen: float
+    min_side_px: int
+    fit_origin: str = "train"
+    unseen_origin: str = "val"
+    unseen_list: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        _check_at_least("min_side_px", self.min_side_px, 1)
+        for role in Role:
+            share = getattr(self, role)
+            # Written so that NaN fails too.
+            if not 0 <= share <= 1 or (share == 0 and role in (Role.TARGET, Role.PUBLIC)):
+                least = "above 0" if role in (Role.TARGET, Role.PUBLIC) else "at least 0"
+                raise ConfigError(f"split.{role}={share}: must be a share, {least} and at most 1.")
+        if sum(self._shares().values()) > 1:
+            spelled = " + ".join(f"{role} {getattr(self, role)}" for role in self._shares())
+            raise ConfigError(f"split: the shares {spelled} are more than 1. Lower one of them.")
+        if self.unseen and self.fit_origin == self.unseen_origin:
+            raise ConfigError(
+                f"split.unseen_origin={self.unseen_origin} is also split.fit_origin, whose images the encoder saw. "
+                "Name another origin, or list images that it never saw in a file, split.unseen_list. For an encoder "
+                "trained here, dejavu_exp.splits.PerClassSplit deals unseen images from the same origin."
+            )
+
+    def assign(self, rows: pl.DataFrame, seed: int) -> pl.DataFrame:
+        """Give roles to the rows of a manifest; arguments and result as in `PerClassSplit.assign`.
+
+        Raises:
+            DataError: fit_origin has no rows, fewer than two classes are large enough, or the list cannot be read or
+                names an image that the data set does not have.
+        """
+        rows = self._with_listed(rows)
+        pools = _pools(_of_origin(rows, self.fit_origin, "fit_origin"), seed, without_boxes=_has_no_boxes(rows))
+        parts = {label: self._dealt(*pool) for label, pool in pools.items()}
+        needed = [role for role, share in self._shares().items() if share and role != Role.SHARED]
+        parts = {label: part for label, part in parts.items() if all(getattr(part, role) for role in needed)}
+        if len(parts) < 2:
+            largest = max(map(sum, (map(len, pool) for pool in pools.values())), default=0)
+            raise DataError(
+                f"{len(parts)} of {len(pools)} classes of origin {self.fit_origin} have images for each of "
+                f"{', '.join(needed)}, and there must be two to choose from; the largest has {largest} images. Raise "
+                "the smallest share, annotate more images, or check what dataset.label makes of them."
+            )
+        return _roles(parts, self._unseen(rows, seed, parts))
+
+    def _shares(self) -> dict[Role, Fraction]:
+        """Of fit_origin; as they are written, for 0.1 + 0.2 is more than 0.3 in binary."""
+        return {role: Fraction(str(getattr(self, role))) for role in Role if role != Role.UNSEEN}
+
+    def _dealt(self, boxed: list[str], unboxed: list[str]) -> Partition[str]:
+        counts = apportion(self._shares(), len(boxed) + len(unboxed))
+        return deal(boxed, unboxed, *(counts[role] for role in self._shares()))
+
+    def _with_listed(self, rows: pl.DataFrame) -> pl.DataFrame:
+        """The rows, with those of the list moved to unseen_origin."""
+        if self.unseen_list is None:
+            return rows
+        path = Path(self.unseen_list).expanduser()
+        try:
+            ids = list(filter(None, path.read_text(encoding="utf-8-sig").split("\n")))
+        except (OSError, UnicodeError) as error:
+            raise DataError(f"split.unseen_list={path}: cannot be read: {error}.") from error
+        listed = pl.Series([name.removesuffix("\r") for name in ids], dtype=pl.String).unique()
+        lost = listed.filter(~listed.is_in(rows["id"].implode())).sort()
+        if len(lost) or not len(listed):
+            fault = f"{len(lost)} of its lines are no id of the data set, e.g. {lost[0]!r}" if len(lost) else "is empty"
+            raise DataError(
+                f"split.unseen_list={path}: {fault}. Give the id of one image a line: {rows['id'][0]!r} is one."
+            )
+        moved = pl.when(pl.col("id").is_in(listed.implode())).then(pl.lit(self.unseen_origin)).otherwise("origin")
+        return rows.with_columns(origin=moved)
+
+    def _unseen(self, rows: pl.DataFrame, seed: int, classes: Iterable[str]) -> list[tuple[str, str]]:
+        found = _labelled(rows).filter(pl.col("origin") == self.unseen_origin, pl.col("label").is_in(list(classes)))
+        share = {Role.UNSEEN: Fraction(str(self.unseen))}
+        return [
+            (name, label)
+            for label, (boxed, _) in _pools(found, seed, without_boxes=_has_no_boxes(rows)).items()
+            for name in boxed[: apportion(share, len(boxed))[Role.UNSEEN]]
+        ]
+
+    def report(self, roles: pl.DataFrame, rows: pl.DataFrame) -> list[str]:
+        """Which classes are left out, in which boxes were too few, and why no image is unseen."""
+        listed = self._with_listed(rows)
+        fit = _labelled(listed).filter(pl.col("origin") == self.fit_origin)
+        sizes: dict[str, int] = dict(fit.group_by("label").len().iter_rows())
+        counts = _counts(roles)
+        sentences = []
+        left = {label: size for label, size in sizes.items() if label not in counts}
+        if left:
+            smallest = min(left, key=lambda label: (left[label], label))
+            sentences.append(
+                f"classes: {len(left)} of {len(sizes)} are left out, with {sum(left.values())} images, for they have "
+                f"too few images, or images with boxes, for the shares of the split; the smallest has {smallest}, "
+                f"{left[smallest]}."
+            )
+        for role in (Role.TARGET, Role.HELDOUT):
+            asked = {label: apportion(self._shares(), sizes[label])[role] for label in counts}
+            short = sorted(label for label in counts if counts[label][role] < asked[label])
+            if short:
+                sentences.append(
+                    f"{role}: {len(short)} of {len(counts)} classes have fewer images with boxes than split.{role}="
+                    f"{getattr(self, role)} asks for, e.g. {short[0]}, {counts[short[0]][role]} of {asked[short[0]]}."
+                )
+        if self.unseen and not any(found[Role.UNSEEN] for found in counts.values()):
+            sentences.append(
+                f"unseen: no image with boxes is of origin {self.unseen_origin} (split.unseen_origin) or listed "
+                "(split.unseen_list), so none is known to be unseen."
+            )
+        return sentences
+
+
+def apportion(shares: Mapping[Role, Fraction], count: int) -> dict[Role, int]:
+    """Whole numbers as near to shares of a count as can be, by the largest remainder.
+
+    What the shares leave is a share like another, so no role gets more than its own, rounded up. Equal remainders go
+    to the share that stands first.
+
+    Args:
+        shares: above or at 0; at most 1 together.
+        count: to be shared out.
+
+    >>> apportion({Role.TARGET: Fraction(1, 4), Role.HELDOUT: Fraction(1, 4), Role.PUBLIC: Fraction(1, 2)}, 6)
+    {<Role.TARGET: 'target'>: 2, <Role.HELDOUT: 'heldout'>: 1, <Role.PUBLIC: 'public'>: 3}
+    """
+    exact = [share * count for share in (*shares.values(), 1 - sum(shares.values()))]
+    whole = [int(part) for part in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda place: whole[place] - exact[place])
+    for place in by_remainder[: count - sum(whole)]:
+        whole[place] += 1
+    return dict(zip(shares, whole, strict=False))
 
 
 def _check_enough(asked: Mapping[Role, int], pool: pl.DataFrame) -> None:
@@ -531,9 +698,22 @@ def _drawn(rows: pl.DataFrame, seed: int) -> pl.DataFrame:
     return usable.with_columns(order=pl.Series(order, dtype=pl.UInt64)).sort("order", "id")
 
 
-def _pools(rows: pl.DataFrame, seed: int) -> Pools:
-    """Ids by class, with and without boxes, in the order in which they are drawn."""
+def _has_no_boxes(rows: pl.DataFrame) -> bool:
+    """True where no image of a data set has boxes: then no view can need them."""
+    return rows["boxes"].null_count() == len(rows)
+
+
+def _pools(rows: pl.DataFrame, seed: int, *, without_boxes: bool) -> Pools:
+    """Ids by class, with and without boxes, in the order in which they are drawn.
+
+    Args:
+        rows: of one origin.
+        seed: which draw.
+        without_boxes: True where no image of the data set has boxes; then each counts as one that has.
+    """
     boxed = pl.col("boxes").is_not_null() & (pl.col("status") == str(Status.OK))
+    if without_boxes:
+        boxed = pl.col("status").is_in([str(Status.OK), str(Status.NO_ANNOTATION)])
     grouped = (
         _drawn(rows.select("id", "label", "status", boxed=boxed), seed)
         .group_by("label")
@@ -548,7 +728,8 @@ def _deal_classes(
 ) -> dict[str, Partition[str]]:
     """Deal every class of an origin; each must end with a target and a public image."""
     parts: dict[str, Partition[str]] = {}
-    for label, (boxed, unboxed) in _pools(_of_origin(rows, origin, "fit_origin"), seed).items():
+    pools = _pools(_of_origin(rows, origin, "fit_origin"), seed, without_boxes=_has_no_boxes(rows))
+    for label, (boxed, unboxed) in pools.items():
         part = dealt(boxed, unboxed)
         empty = next((name for name in (Role.TARGET, Role.PUBLIC) if not getattr(part, name)), None)
         if empty is not None:
@@ -571,7 +752,8 @@ def _unseen(
     if count == 0:
         return []
     found = _of_origin(rows, origin, "unseen_origin").filter(pl.col("label").is_in(list(classes)))
-    return [(name, label) for label, (boxed, _) in _pools(found, seed).items() for name in boxed[:count]]
+    pools = _pools(found, seed, without_boxes=_has_no_boxes(rows))
+    return [(name, label) for label, (boxed, _) in pools.items() for name in boxed[:count]]
 
 
 def _roles(parts: Mapping[str, Partition[str]], unseen: Iterable[tuple[str, str]]) -> pl.DataFrame:
@@ -636,12 +818,14 @@ def _picked(ordered: pl.DataFrame, role: Role, path: str) -> pl.DataFrame:
 def _read_indices(role: Role, path: Path) -> IntArray:
     """Indices of a .npy file; whole numbers stored as floats are cast back, as the authors' script makes such files."""
     try:
-        values = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        # Mapped, so that a file which claims more values than it has is refused, not made room for.
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    # NumPy meets a damaged header with errors of a dozen kinds, down to those of Python's tokenizer.
+    except Exception as error:
         raise DataError(f"{path} (split.{role}): cannot be read as a .npy file of numbers: {error}.") from error
     if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in "iuf":
         raise DataError(f"{path} (split.{role}): must hold one array of indices with one axis.")
-    if not (np.isfinite(values).all() and (values == np.floor(values)).all()):
+    if not ((values == np.floor(values)) & (values > -WHOLE_BELOW) & (values < WHOLE_BELOW)).all():
         raise DataError(f"{path} (split.{role}): holds numbers that are not whole; it must hold indices of rows.")
     indices: IntArray = values.astype(np.int64)
     return indices

@@ -191,7 +191,7 @@ def prepare(plan: Plan, encoder: LoadedEncoder | None = None) -> Views:
         crops.views(rows.filter(asked), plan.probe.query),
         crops.views(rows.filter(pl.col("role") == Role.PUBLIC), plan.probe.bank),
         copies,
-        plan.split.report(roles),
+        plan.split.report(roles, manifest.rows),
     )
 
 

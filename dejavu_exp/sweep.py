@@ -117,7 +117,8 @@ def _time(row: Row) -> str:
         return f"{job}{again}".strip()
     end = datetime.fromisoformat(row.status.ended) if row.status.ended else datetime.now(UTC)
     seconds = (end - datetime.fromisoformat(row.status.started)).total_seconds()
-    return f"{seconds:.0f} s{job}{again}"
+    # The clock of a machine may have been set back since, or another machine's be slow.
+    return f"{f'{seconds:.0f}' if seconds >= 0 else '?'} s{job}{again}"
 
 
 def _log(row: Row) -> str:

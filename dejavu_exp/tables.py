@@ -25,6 +25,9 @@ SCHEMA_VERSION = 2
 FIGURES_VERSION = 4
 """Stands in figures.json as `schema`: raise it when a key or its meaning changes."""
 
+_POLARS_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
+"""The second is for texts that are no UTF-8, and no Exception to Python."""
+
 Schema: TypeAlias = Mapping[str, pl.DataType | type[pl.DataType]]
 BoolArray: TypeAlias = npt.NDArray[np.bool_]
 FloatArray: TypeAlias = npt.NDArray[np.float64]
@@ -248,6 +251,26 @@ def validate(frame: pl.DataFrame, schema: Schema, name: str, key: str = "id") ->
     return frame.select([*schema, *[column for column in frame.columns if column not in schema]])
 
 
+def read(path: Path) -> pl.DataFrame:
+    """Read a Parquet table that a user gave; by Arrow, for a damaged file can end the process where polars reads it.
+
+    Raises:
+        DataError: it is not there, damaged, or no Parquet.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        # A file, not the folder of parts that Arrow would take too.
+        with path.open("rb") as stream:
+            table = parquet.read_table(stream)
+        table.validate(full=True)
+        return pl.DataFrame(table)
+    except (OSError, MemoryError, ValueError, pa.ArrowException, *_POLARS_ERRORS) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{path}: cannot be read as Parquet ({reason[:200]}). Write or fetch it again.") from error
+
+
 def write(frame: pl.DataFrame, path: Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write a Parquet table; it appears whole or not at all.
 
@@ -278,10 +301,29 @@ def whole(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
-    except OSError as error:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield partial
+            os.replace(partial, path)
+    except DataError:
         with suppress(OSError):  # where its folder is a file, say
             partial.unlink()
+        raise
+
+
+@contextmanager
+def writing(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Make one sentence of what goes wrong when a file or folder is written.
+
+    Args:
+        path: what is written.
+        errors: what a library raises for it beside OSError.
+
+    Raises:
+        DataError: there is no room, or no permission.
+    """
+    caught: tuple[type[Exception], ...] = (OSError, *errors)
+    try:
+        yield
+    except caught as error:
         raise DataError(f"cannot write {path}: {error}. Free some space or choose another folder.") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -417,10 +418,7 @@ Known: TypeAlias = dict[str, tuple[list[str], list[float]]]
 
 def _from_parquet(path: Path) -> tuple[str, Known]:
     """The key column, and the tags and scores by its values."""
-    try:
-        frame = pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error}).") from error
+    frame = tables.read(path)
     key = "view_id" if "view_id" in frame.columns else "id"
     schema: dict[str, pl.DataType | type[pl.DataType]] = {key: pl.String, "tags": pl.List(pl.String)}
     frame = tables.validate(frame, schema, str(path), key)
@@ -462,8 +460,9 @@ def _from_folder(path: Path, manifest: Manifest) -> tuple[str, Known]:
 
 
 def _descending(tags: list[str], scores: list[float]) -> tuple[list[str], list[float]]:
+    """Tags by falling score, written as those of a manifest."""
     order = sorted(range(len(tags)), key=lambda index: -scores[index])
-    return [tags[index] for index in order], [scores[index] for index in order]
+    return [unicodedata.normalize("NFC", tags[index]) for index in order], [scores[index] for index in order]
 
 
 class AuthorsTags(NamedTuple):
@@ -556,7 +555,7 @@ def read_authors_frequencies(folder: Path) -> dict[str, dict[str, tuple[float, f
 def _read_json(path: Path) -> Any:  # noqa: ANN401 - the callers check it
     try:
         content: list[Any] | Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}).") from error
     return content
 

@@ -17,9 +17,14 @@ from dejavu_exp.errors import ConfigError
 FILES = sorted(path.relative_to(config.CONF_DIR) for path in config.CONF_DIR.rglob("*.yaml"))
 GROUPS = [path for path in FILES if len(path.parts) > 1 and path.parts[0] != "hydra"]
 NEEDED = {
+    ("model", "torchscript"): ["model.weights=/nowhere.pt"],
+    ("model", "huggingface"): ["model.weights=/nowhere"],
+    ("model", "callable"): ["model.function=nowhere:encoder"],
     ("dataset", "tiny_imagenet"): ["dataset.root=/nowhere"],
     ("dataset", "imagenet"): ["dataset.root=/nowhere", "dataset.boxes=/nowhere"],
     ("dataset", "manifest"): ["dataset.path=/nowhere.csv"],
+    ("dataset", "boxed"): ["dataset.root=/nowhere", "dataset.boxes=/nowhere"],
+    ("dataset", "folder"): ["dataset.root=/nowhere"],
     ("dataset", "coco"): ["dataset.root=/nowhere"],
     ("dataset", "flickr8k"): ["dataset.root=/nowhere"],
     ("dataset", "webdataset"): ["dataset.shards=/nowhere"],
@@ -46,6 +51,8 @@ def choosing(path: Path) -> list[str]:
         return ["reference=crop_classifier", f"crop_classifier@references.crop_classifier={name}"]
     if group == "text_encoder":
         return ["reference=text_embedding", f"text_encoder@references.text_embedding.encoder={name}"]
+    if group == "model/preprocess":
+        return [*choosing(Path("model/torchscript.yaml")), f"{group}={name}"]
     if group.startswith("model/"):
         return ["model=trained", f"{group}={name}", *needed]
     return [f"{group}={name}", *needed]

@@ -12,7 +12,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from dejavu_exp import config, tables
-from dejavu_exp.datasets import imagenet
 from dejavu_exp.datasets.annotations import SHOWN_PER_KIND, Problems
 from dejavu_exp.datasets.base import Manifest
 from dejavu_exp.datasets.imagenet import Imagenet
@@ -362,7 +361,7 @@ def test_imagenet_fractions_are_rounded_outwards(tmp_path: Path) -> None:
 def test_imagenet_many_files_are_shared_among_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Imagenet(write(tmp_path / "images", IMAGES), voc(tmp_path / "boxes", "train/", "val/"))
     alone = reader.manifest()
-    monkeypatch.setattr(imagenet, "POOL_FROM", 1)
+    monkeypatch.setattr("dejavu_exp.datasets.voc.POOL_FROM", 1)
     assert reader.manifest().rows.equals(alone.rows)
 
 

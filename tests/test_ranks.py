@@ -28,6 +28,8 @@ from dejavu_exp.ranks import Place
 from dejavu_exp.shards import Embeddings
 
 HERE = str(Path(__file__).parent)
+IMPORTABLE: dict[str, Any] = {"PYTHONPATH": HERE, "DEJAVU_TARGETS": "test_ranks"}
+"""The environment of runs whose encoder is defined here."""
 
 
 class Watched(nn.Module):
@@ -270,7 +272,7 @@ SHARED = (
 
 
 def run_shared(folder: Path, *more: str, pause: str = "0") -> Finished:
-    return measure(folder, *SHARED, *more, PYTHONPATH=HERE, BATCHES=str(folder / "log"), PAUSE=pause)
+    return measure(folder, *SHARED, *more, **IMPORTABLE, BATCHES=str(folder / "log"), PAUSE=pause)
 
 
 def figures(run: Finished) -> dict[str, Any]:
@@ -306,7 +308,7 @@ def test_torchrun_gives_the_same_figures(one_rank: Finished, tmp_path: Path) -> 
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dejavu_exp"]
     # One thread a process is torchrun's default, and another number trains other weights of the crop classifier.
     threads = os.environ.get("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    places = {"DEJAVU_CACHE": str(tmp_path / "cache"), "PYTHONPATH": HERE, "BATCHES": str(tmp_path / "log")}
+    places = {"DEJAVU_CACHE": str(tmp_path / "cache"), **IMPORTABLE, "BATCHES": str(tmp_path / "log")}
     done = subprocess.run(
         [*run, f"hydra.run.dir={tmp_path}", *SHARED],
         env={**os.environ, **places, "OMP_NUM_THREADS": threads},
@@ -324,7 +326,7 @@ def test_torchrun_gives_the_same_figures(one_rank: Finished, tmp_path: Path) -> 
 def test_a_run_of_which_a_rank_is_killed_goes_on_to_the_same_figures(
     victim: str, one_rank: Finished, tmp_path: Path
 ) -> None:
-    places = {"DEJAVU_CACHE": str(tmp_path / "cache"), "PYTHONPATH": HERE, "BATCHES": str(tmp_path / "log")}
+    places = {"DEJAVU_CACHE": str(tmp_path / "cache"), **IMPORTABLE, "BATCHES": str(tmp_path / "log")}
     first = subprocess.Popen(
         [sys.executable, "-m", "dejavu_exp", *SHARED, "trainer.devices=2", f"hydra.run.dir={tmp_path}"],
         cwd=tmp_path,

@@ -66,6 +66,7 @@ class Sweep:
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(Path(__file__).parent),
+            "DEJAVU_TARGETS": "gated",
         }
         command = [sys.executable, "-m", "dejavu_exp", "-m", *CELLS, *self.more]
         return subprocess.Popen(

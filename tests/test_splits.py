@@ -54,7 +54,7 @@ def test_every_role_has_its_count() -> None:
     assert roles["id"].is_unique().all()
     assert counts(roles, "cat") == (3, 4, 2, 5, 2)
     assert counts(roles, "dog") == (3, 4, 2, 5, 2)
-    assert SPLIT.report(roles) == []
+    assert SPLIT.report(roles, ROWS) == []
 
 
 def test_measured_images_have_boxes_and_the_others_go_to_shared_first() -> None:
@@ -116,9 +116,10 @@ def test_unusable_rows_get_no_role() -> None:
 
 def test_too_few_boxes_are_shared_out_and_reported() -> None:
     split = PerClassSplit(target=10, heldout=20, shared=5, public=None, unseen=0, min_side_px=8)
-    roles = split.assign(manifest({"cat": (9, 7), "dog": (40, 0)}), seed=0)
+    rows = manifest({"cat": (9, 7), "dog": (40, 0)})
+    roles = split.assign(rows, seed=0)
     assert counts(roles, "cat") == (3, 6, 5, 2, 0)
-    target, heldout = split.report(roles)
+    target, heldout = split.report(roles, rows)
     assert target == "target: 1 of 2 classes have fewer than the 10 images asked for; the fewest has cat, 3."
     assert heldout.startswith("heldout: 1 of 2")
 
@@ -126,7 +127,7 @@ def test_too_few_boxes_are_shared_out_and_reported() -> None:
 def test_report_counts_classes_without_unseen_images() -> None:
     split = PerClassSplit(3, 4, 0, 3, None, min_side_px=8)
     rows = pl.concat([manifest({"cat": (12, 0), "dog": (12, 0)}), manifest({"cat": (2, 0), "dog": (0, 2)}, "val")])
-    assert split.report(split.assign(rows, seed=0)) == [
+    assert split.report(split.assign(rows, seed=0), rows) == [
         "unseen: 1 of 2 classes have fewer than the 1 images asked for; the fewest has dog, 0."
     ]
 
@@ -159,14 +160,15 @@ def test_authors_split_fills_both_training_sets_to_the_same_size() -> None:
     assert counts(roles, "cat") == (3, 3, 5, 16, 2)
     assert counts(roles, "dog") == (8, 8, 0, 18, 2)
     assert split.assign(rows.reverse(), seed=0).equals(roles)
-    assert [sentence.split(":")[0] for sentence in split.report(roles)] == ["target", "heldout"]
+    assert [sentence.split(":")[0] for sentence in split.report(roles, rows)] == ["target", "heldout"]
 
 
 def test_authors_split_reports_a_small_training_set() -> None:
     split = AuthorsSplit(num_per_class=8, unseen=0, min_side_px=100)
-    roles = split.assign(manifest({"cat": (7, 2)}), seed=0)
+    rows = manifest({"cat": (7, 2)})
+    roles = split.assign(rows, seed=0)
     assert counts(roles, "cat") == (3, 3, 2, 1, 0)
-    assert split.report(roles)[-1].startswith("target + shared: 1 of 1 classes have fewer than the 8")
+    assert split.report(roles, rows)[-1].startswith("target + shared: 1 of 1 classes have fewer than the 8")
 
 
 def pairs(origin: str, count: int) -> pl.DataFrame:
@@ -191,7 +193,7 @@ def test_an_origin_gives_all_its_rows_one_role() -> None:
     assert ids(roles, Role.PUBLIC) == set(PAIRS["id"][30:])
     assert roles["label"].null_count() == len(roles)
     assert roles["id"].is_sorted()
-    assert split.report(roles) == []
+    assert split.report(roles, PAIRS) == []
 
 
 def test_labels_are_kept_where_there_are_some() -> None:
@@ -205,7 +207,7 @@ def test_the_limits_of_origins_are_drawn_by_the_seed() -> None:
     assert sizes(roles) == {"target": 5, "public": 12}
     assert split.assign(PAIRS.reverse(), seed=0).equals(roles)
     assert ids(split.assign(PAIRS, seed=1), Role.TARGET) != ids(roles, Role.TARGET)
-    assert split.report(roles) == ["public: origin val has 12 images, split.limits.public is 40."]
+    assert split.report(roles, PAIRS) == ["public: origin val has 12 images, split.limits.public is 40."]
 
 
 def test_roles_share_an_origin_where_limits_say_how() -> None:
@@ -225,7 +227,7 @@ def test_random_roles_have_their_sizes_whatever_the_listing() -> None:
     assert roles["id"].is_unique().all()
     assert split.assign(PAIRS.sample(fraction=1.0, shuffle=True, seed=5), seed=0).equals(roles)
     assert ids(split.assign(PAIRS, seed=1), Role.TARGET) != ids(roles, Role.TARGET)
-    assert split.report(roles) == []
+    assert split.report(roles, PAIRS) == []
 
 
 @pytest.mark.parametrize(
@@ -333,7 +335,7 @@ def test_index_files_count_in_image_folder_order(saved: Callable[..., NpySplit])
         ("val/cat/001.png", "cat", "unseen"),
     ]
     assert split.assign(rows.reverse(), seed=0).equals(roles)
-    assert split.report(roles) == ["shared: the split gives no image this role (split.shared)."]
+    assert split.report(roles, rows) == ["shared: the split gives no image this role (split.shared)."]
 
 
 def test_public_without_a_file_is_the_rest(saved: Callable[..., NpySplit]) -> None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
+from dejavu_exp.datasets import instances
 from dejavu_exp.datasets.annotations import (
     IMAGE_SUFFIXES,
-    MAX_PIXELS,
     Problems,
     captions_of,
     location,
     rows_of,
     status_of,
     storable,
-    whole_box,
 )
 from dejavu_exp.datasets.base import Manifest
 from dejavu_exp.datasets.stores import ListedStore, published, read_needed
@@ -135,31 +133,14 @@ class _Part:
         return _Row(name, self.origin, *size, boxes, captions_of(captions), objects, status, detail)
 
     def _loaded(self, file: str) -> dict[str, Any]:
-        """The file's content; segmentations, nine tenths of it, are dropped while it is read."""
-        try:
-            content = json.loads(read_needed(self.store, file), object_hook=_lean)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{file}: is no JSON ({error}). Download or unpack the data set again.") from error
-        if not isinstance(content, dict):
-            raise DataError(f"{file}: must hold one object with the lists images and annotations.")
-        return content
-
-    def _entries(self, file: str, content: Mapping[str, Any], key: str) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The entries of a list, numbered from 1; one that is no object is a problem."""
-        entries = content.get(key)
-        if not isinstance(entries, list):
-            raise DataError(f"{file}: must hold a list {key}, as COCO publishes it.")
-        for number, entry in enumerate(entries, start=1):
-            if isinstance(entry, dict):
-                yield number, entry
-            else:
-                self.problems.add(f"bad entry of {key}", file, f"entry {number} of {key} is no object")
+        way_out = "Download or unpack the data set again."
+        return instances.parsed(file, read_needed(self.store, file), way_out)
 
     def _listing(self, file: str, content: Mapping[str, Any]) -> _Listing:
         listing = _Listing({}, {})
-        for number, image in self._entries(file, content, "images"):
+        for number, image in instances.entries(file, content, "images", self.problems):
             key, name = image.get("id"), image.get("file_name")
-            if not _is_key(key) or not isinstance(name, str) or "/" in name or not _is_image(name):
+            if not instances.is_key(key) or not isinstance(name, str) or not _is_plain(name):
                 detail = f"entry {number} of images must have an id and the plain name of an image file"
                 self.problems.add("bad entry of images", file, f"{detail}, got {str(key)[:20]!r}, {str(name)[:80]!r}")
             elif key in listing.names or name in listing.sizes:
@@ -167,16 +148,16 @@ class _Part:
                 listing.names.setdefault(key, name)
             else:
                 listing.names[key] = name
-                listing.sizes[name] = _side(image.get("width")), _side(image.get("height"))
+                listing.sizes[name] = instances.side(image.get("width")), instances.side(image.get("height"))
         return listing
 
     def _annotations(
         self, file: str, content: Mapping[str, Any], names: Mapping[int | str, str]
     ) -> Iterator[tuple[int, str, dict[str, Any]]]:
         """Number, image and content of each annotation; one of an unknown image is a problem."""
-        for number, entry in self._entries(file, content, "annotations"):
+        for number, entry in instances.entries(file, content, "annotations", self.problems):
             key = entry.get("image_id")
-            name = names.get(key) if _is_key(key) else None
+            name = names.get(key) if instances.is_key(key) else None
             if name is None:
                 detail = f"annotation {number} is for the unknown image id {str(key)[:20]!r}"
                 self.problems.add("annotation without image", file, detail)
@@ -200,17 +181,13 @@ class _Part:
             self.problems.add("missing annotation file", file, "is not there, so its images have no objects and boxes")
             return None
         content = self._loaded(file)
-        categories = {
-            category["id"]: storable(category["name"])
-            for _, category in self._entries(file, content, "categories")
-            if _is_key(category.get("id")) and isinstance(category.get("name"), str)
-        }
+        categories = instances.categories(file, content, self.problems)
         objects: dict[str, _Objects] = defaultdict(_Objects)
         for number, name, entry in self._annotations(file, content, names):
             found = objects[name]
             try:
-                found.names.add(_category(entry.get("category_id"), categories))
-                found.boxes.append(_box(entry.get("bbox")))
+                found.names.add(instances.category(entry.get("category_id"), categories))
+                found.boxes.append(instances.box(entry.get("bbox")))
             except ValueError as error:
                 found.fault = f"{file}, annotation {number}: {error}"
                 self.problems.add("malformed annotation", file, f"annotation {number}: {error}")
@@ -226,34 +203,10 @@ class _Part:
             self.problems.add("images without captions", file, detail)
 
 
-def _lean(entry: dict[str, Any]) -> dict[str, Any]:
-    entry.pop("segmentation", None)
-    return entry
-
-
 def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.rpartition("/")[2].startswith(".")
 
 
-def _is_key(value: object) -> TypeGuard[int | str]:
-    return isinstance(value, int | str) and not isinstance(value, bool)
-
-
-def _side(value: object) -> int | None:
-    """Width or height; where it is no number of pixels, the image tells."""
-    return value if isinstance(value, int) and 0 < value <= MAX_PIXELS else None
-
-
-def _category(key: object, categories: Mapping[int | str, str]) -> str:
-    if not _is_key(key) or key not in categories:
-        raise ValueError(f"its category_id {str(key)[:20]!r} is none of the {len(categories)} categories")
-    return categories[key]
-
-
-def _box(values: object) -> list[int]:
-    """[x, y, width, height] with fractions as whole pixels that hold all of the object."""
-    if not isinstance(values, list) or len(values) != 4 or not all(type(value) in (int, float) for value in values):
-        raise ValueError(f"its bbox must be four numbers: x, y, width, height, got {str(values)[:80]!r}")
-    x, y, width, height = values
-    # Published with two decimals, whose sum in binary can lie a hair above the image's border.
-    return whole_box([x, y, round(x + width, 3), round(y + height, 3)])
+def _is_plain(name: str) -> bool:
+    """True for the name of an image file without a folder, which can stand in a table."""
+    return "/" not in name and _is_image(name) and name == storable(name)

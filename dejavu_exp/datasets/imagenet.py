@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from defusedxml import ElementTree
-from tqdm import tqdm
-
-from dejavu_exp.datasets.annotations import (
-    IMAGE_SUFFIXES,
-    MAX_PIXELS,
-    Problems,
-    location,
-    rows_of,
-    status_of,
-    whole_box,
-)
+from dejavu_exp.datasets import voc
+from dejavu_exp.datasets.annotations import IMAGE_SUFFIXES, Problems, location, rows_of, status_of
 from dejavu_exp.datasets.base import Manifest
 from dejavu_exp.datasets.stores import FolderStore
+from dejavu_exp.datasets.voc import Note
 from dejavu_exp.errors import DataError
 from dejavu_exp.tables import Status
-
-if TYPE_CHECKING:
-    from xml.etree.ElementTree import Element
 
 LAYOUT = "train/<class>/*.JPEG and val/<class>/*.JPEG or val/*.JPEG (of the Kaggle archive: ILSVRC/Data/CLS-LOC)"
 BOXES_LAYOUT = (
     "train/<class>/<image>.xml and val/<image>.xml (of the Kaggle archive: ILSVRC/Annotations/CLS-LOC), "
     "or the published train archives unpacked: <class>/<image>.xml or Annotation/<class>/<image>.xml"
 )
-POOL_FROM = 2000
-"""With more XML files than this, processes share the work and a progress bar is shown."""
 
 _VAL_FOLDER = re.compile(r"(.*[_-])?val(idation)?([_-].*)?", re.IGNORECASE)
 _NO_CLASS = re.compile(r"train(ing)?|val(idation)?|.*bbox.*|annotations?|cls-loc|boxes", re.IGNORECASE)
@@ -99,19 +83,14 @@ class _Key(NamedTuple):
     stem: str
 
 
+def _key(origin: str, label: str, stem: str) -> _Key:
+    """The key of a file, with accents written in one way: archives packed on a Mac have another."""
+    return _Key(origin, unicodedata.normalize("NFC", label), unicodedata.normalize("NFC", stem))
+
+
 class _Image(NamedTuple):
     path: str
     key: _Key
-
-
-class _Note(NamedTuple):
-    """What an XML file says; `fault` is why it could not be understood."""
-
-    width: int | None = None
-    height: int | None = None
-    boxes: list[list[int]] | None = None
-    objects: list[str] | None = None
-    fault: str | None = None
 
 
 class _Row(NamedTuple):
@@ -145,7 +124,7 @@ def _images_of(root: Path, origin: str) -> list[_Image]:
     for name in FolderStore(root / origin).names():
         *folders, file = name.split("/")
         if len(folders) <= 1 and not file.startswith(".") and file.lower().endswith(IMAGE_SUFFIXES):
-            images.append(_Image(f"{origin}/{name}", _Key(origin, "".join(folders), file.rpartition(".")[0])))
+            images.append(_Image(f"{origin}/{name}", _key(origin, "".join(folders), file.rpartition(".")[0])))
     return images
 
 
@@ -159,7 +138,7 @@ def _xml_files(boxes: Path, problems: Problems) -> dict[_Key, str]:
             continue
         val = file.startswith("ILSVRC2012_val_") or any(_VAL_FOLDER.fullmatch(folder) for folder in folders)
         label = "" if not folders or _NO_CLASS.fullmatch(folders[-1]) else folders[-1]
-        first = files.setdefault(_Key("val" if val else "train", label, file[:-4]), name)
+        first = files.setdefault(_key("val" if val else "train", label, file[:-4]), name)
         if first != name:
             problems.add("second XML file of an image", name, f"not read, since {first} is for the same image")
     if not files:
@@ -167,7 +146,7 @@ def _xml_files(boxes: Path, problems: Problems) -> dict[_Key, str]:
     return files
 
 
-def _notes(images: Sequence[_Image], files: Mapping[_Key, str], boxes: Path, problems: Problems) -> list[_Note | None]:
+def _notes(images: Sequence[_Image], files: Mapping[_Key, str], boxes: Path, problems: Problems) -> list[Note | None]:
     """One note an image, in their order; None where it has no XML file."""
     found = [files.get(image.key) or files.get(image.key._replace(label="")) for image in images]
     wanted = [name for name in found if name is not None]
@@ -179,7 +158,7 @@ def _notes(images: Sequence[_Image], files: Mapping[_Key, str], boxes: Path, pro
     for origin in sorted({image.key.origin for image in images}):
         if not any(name for name, image in zip(found, images, strict=True) if image.key.origin == origin):
             problems.add("missing part", f"{boxes} ({origin})", f"no XML file belongs to an image of origin {origin}")
-    read = iter(_read_all([str(boxes / name) for name in wanted]))
+    read = iter(map(_with_objects, voc.read_all([str(boxes / name) for name in wanted])))
     notes = [None if name is None else next(read) for name in found]
     for name, note in zip(found, notes, strict=True):
         if name is not None and note is not None and note.fault is not None:
@@ -187,60 +166,27 @@ def _notes(images: Sequence[_Image], files: Mapping[_Key, str], boxes: Path, pro
     return notes
 
 
-def _read_all(paths: Sequence[str]) -> list[_Note]:
-    """Read XML files in their order; many are shared among processes, since the parser is Python code."""
-    if len(paths) <= POOL_FROM:
-        return [_read_xml(path) for path in paths]
-    workers = min(16, os.cpu_count() or 1)
-    # Forking a process that has threads (polars has) can leave a lock held for ever in the child.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        notes = pool.map(_read_xml, paths, chunksize=200)
-        return list(tqdm(notes, total=len(paths), desc="reading boxes", unit="file", leave=False))
-
-
-def _read_xml(path: str) -> _Note:
-    """A note on one file. Faults are returned, not raised: one broken file of half a million stops nothing."""
-    try:
-        return _understood(ElementTree.fromstring(Path(path).read_bytes()))
-    except (OSError, ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
-        return _Note(fault=str(error) or type(error).__name__)
-
-
-def _understood(annotation: Element) -> _Note:
-    boxes: list[list[int]] = []
-    names: list[str] = []
-    for number, thing in enumerate(annotation.findall("object"), start=1):
-        ends = [thing.findtext(f"bndbox/{end}") for end in ("xmin", "ymin", "xmax", "ymax")]
-        try:
-            boxes.append(whole_box(ends))
-        except ValueError as error:
-            raise ValueError(f"object {number}: {error}, got {', '.join(str(end) for end in ends)}") from error
-        names.append((thing.findtext("name") or "").strip())
-    if not boxes:
+def _with_objects(note: Note) -> Note:
+    """The note as a fault where it lists no object."""
+    if note.fault is None and not note.boxes:
         # Every image shows its class somewhere, so an empty list would let a crop show the foreground.
-        raise ValueError("no object is listed")
-    objects = list(dict.fromkeys(name for name in names if name))
-    return _Note(_side(annotation, "width"), _side(annotation, "height"), boxes, objects)
+        return Note(fault="no object is listed")
+    return note
 
 
-def _side(annotation: Element, name: str) -> int | None:
-    """Width or height; some published files say 0, and then only the image can tell."""
-    text = (annotation.findtext(f"size/{name}") or "").strip()
-    return int(text) if text.isdecimal() and 0 < int(text) <= MAX_PIXELS else None
-
-
-def _row(image: _Image, note: _Note | None, problems: Problems) -> _Row:
-    said = note or _Note()
-    label = image.key.label or (said.objects[0] if said.objects and len(said.objects) == 1 else None)
+def _row(image: _Image, note: Note | None, problems: Problems) -> _Row:
+    said = note or Note()
+    objects = None if said.names is None else list(dict.fromkeys(name for name in said.names if name))
+    label = image.key.label or (objects[0] if objects and len(objects) == 1 else None)
     if label is None and said.boxes is not None:
-        named = ", ".join(said.objects or []) or "none"
+        named = ", ".join(objects or []) or "none"
         problems.add("image without label", image.path, f"has no label, as its XML must name one class, not {named}")
     status, detail = status_of(
         said.boxes, said.fault, "it has no XML file" if label else "it has no class folder and no XML file"
     )
     boxes = None if status == Status.BAD_ANNOTATION else said.boxes
     return _Row(
-        image.path, image.path, image.key.origin, label, said.width, said.height, boxes, said.objects, status, detail
+        image.path, image.path, image.key.origin, label, said.width, said.height, boxes, objects, status, detail
     )
 
 

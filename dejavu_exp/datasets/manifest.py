@@ -92,18 +92,21 @@ def _read(path: Path) -> pl.DataFrame:
     """The file as it stands; known columns of a CSV file as text, further ones as they look."""
     try:
         if path.suffix.lower() == ".parquet":
-            frame = pl.read_parquet(path)
+            frame = tables.read(path)
         else:
             header = pl.read_csv(path, n_rows=0, infer_schema=False).columns
             known: dict[str, type[pl.DataType]] = {name: pl.String for name in COLUMNS if name in header}
             frame = pl.read_csv(path, schema_overrides=known, infer_schema_length=None)
     except (OSError, pl.exceptions.PolarsError) as error:
-        hint = " In CSV, a cell with commas needs quotes." if path.suffix.lower() == ".csv" else ""
-        raise DataError(f"dataset.path={path}: cannot be read: {error}.{hint}") from error
+        reason = f"{error}. It must be UTF-8, and a cell with commas needs quotes."
+        raise DataError(f"dataset.path={path}: cannot be read: {reason}") from error
     if "path" not in frame.columns:
         raise DataError(f"{path}: missing column path; there are: {', '.join(frame.columns) or 'none'}.")
     if {"caption", "captions"} <= {*frame.columns}:
         raise DataError(f"{path}: there are the columns caption and captions; keep the one that holds the captions.")
+    double = [name for name in COLUMNS if f"{name}_duplicated_0" in frame.columns]
+    if double:
+        raise DataError(f"{path}: there are several columns {double[0]}; keep one of them.")
     taken = [name for name in RESERVED if name in frame.columns]
     if taken:
         raise DataError(
@@ -126,11 +129,25 @@ class _Cells:
         """Text without blanks at its ends; None where it is null or blank."""
         if name not in self.frame.columns:
             return [None] * len(self.frame)
-        try:
-            texts = self.frame[name].cast(pl.String)
-        except pl.exceptions.PolarsError as error:
-            raise DataError(f"{self.path}: column {name} must hold text, not {self.frame[name].dtype}.") from error
+        texts = self._as_text(name)
         return [text.strip() or None if text is not None else None for text in texts.to_list()]
+
+    def _as_text(self, name: str) -> pl.Series:
+        kind = self.frame[name].dtype
+        way_out = "; lists go into a column captions" if name == "caption" else ""
+        fault = f"{self.path}: column {name} must hold text, not {kind}{way_out}."
+        if kind.is_nested():
+            raise DataError(fault)
+        try:
+            return self.frame[name].cast(pl.String)
+        except pl.exceptions.PolarsError as error:
+            raise DataError(fault) from error
+
+    def captions(self) -> list[list[str] | None]:
+        """Those of a file with one text a row, as they stand."""
+        if "caption" not in self.frame.columns:
+            return [None] * len(self.frame)
+        return [captions_of([text or ""]) for text in self._as_text("caption").to_list()]
 
     def parsed(self, name: str, parse: Callable[[Any], Any], faults: dict[int, str]) -> list[Any]:
         """Cells as `parse` understands them; one it refuses is null, and a problem.
@@ -166,7 +183,7 @@ def _rows(cells: _Cells) -> pl.DataFrame:
         "id": [name or path for name, path in zip(cells.texts("id"), paths, strict=True)],
         "origin": [origin or "train" for origin in cells.texts("origin")],
         # A caption that is not understood says nothing against the image and its boxes.
-        "captions": cells.parsed("captions", _captions, {}) if "captions" in cells.frame.columns else _single(cells),
+        "captions": cells.parsed("captions", _captions, {}) if "captions" in cells.frame.columns else cells.captions(),
         "boxes": cells.parsed("boxes", _boxes, faults),
         "objects": cells.parsed("objects", _names, faults),
         "tags": cells.parsed("tags", _names, faults),
@@ -230,16 +247,6 @@ def _strings(cell: object, form: str) -> list[str]:
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"must be {form}")
     return [storable(text) for text in texts]
-
-
-def _single(cells: _Cells) -> list[list[str] | None]:
-    """Captions of a file with one text a row."""
-    if "caption" not in cells.frame.columns:
-        return [None] * len(cells.frame)
-    kind = cells.frame["caption"].dtype
-    if isinstance(kind, pl.List | pl.Array | pl.Struct):
-        raise DataError(f"{cells.path}: column caption must hold text, not {kind}; lists go into a column captions.")
-    return [captions_of([text or ""]) for text in cells.frame["caption"].cast(pl.String).to_list()]
 
 
 def _side(cell: object) -> int:

@@ -45,7 +45,8 @@ def read_arrays(path: Path) -> list[list[Item]]:
         path: a pickle, protocol 0 to 5, of NumPy 1 or 2.
 
     Returns:
-        N lists: the rows of a list of lists or of arrays, of an object array of those, or of an array (N, K).
+        N lists: the rows of a list of lists or of arrays, of an object array of those, or of an array (N, K). Of the
+        pair [objects, scores] that the released annotation step writes, each with an entry an image, the objects.
 
     Raises:
         DataError: the file is cut short, holds anything else (named in the error), or claims more than it holds.
@@ -274,13 +275,24 @@ def _rows(content: object, budget: int) -> list[list[Item]]:
         budget: how many values there can be, since each takes a byte or more where none is used twice.
     """
     rows = []
-    for number, entry in enumerate(_sequence(content, "its content")):
+    for number, entry in enumerate(_objects_of_pair(_sequence(content, "its content"))):
         values = _sequence(entry, f"entry {number}")
         budget -= len(values)
         if budget < 0:
             raise _RefusedError("more values than bytes, the same ones again and again")
         rows.append([_item(value, number) for value in values])
     return rows
+
+
+def _objects_of_pair(entries: list[Any]) -> list[Any]:
+    """The objects where the entries are the pair of objects and scores: two lists whose own entries are lists."""
+    pair = [_sequence(entry, f"entry {number}") for number, entry in enumerate(entries)] if len(entries) == 2 else []
+    if not any(pair) or not all(isinstance(item, list | tuple | _Array) for part in pair for item in part):
+        return entries
+    objects, scores = pair
+    if len(objects) != len(scores):
+        raise _RefusedError(f"the objects of {len(objects)} images and the scores of {len(scores)}")
+    return objects
 
 
 def _sequence(value: object, where: str) -> list[Any]:

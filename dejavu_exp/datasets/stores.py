@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import re
+import stat
+import struct
 import zipfile
 import zlib
 from collections import Counter
@@ -13,6 +16,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from dejavu_exp.errors import DataError
+
+MAX_FILE_BYTES = 1 << 32
+"""A larger file is not read into memory. The largest annotation file of COCO has a ninth of it; archives and shards may
+have any size."""
 
 
 class ImageStore(Protocol):
@@ -43,10 +50,12 @@ class FolderStore:
 
     def read(self, path: str) -> bytes:
         """The bytes of `root / path`."""
-        return (self.root / path).read_bytes()
+        return read_file(self.root / path)
 
     def names(self) -> list[str]:
-        """Paths of all files below the folder, sorted, with "/"; links are followed, each folder is listed once.
+        r"""Paths of all files below the folder, sorted, with "/"; links are followed, each folder is listed once.
+
+        A name that is no UTF-8 cannot stand in a table: its bytes are shown as \xff, and the file is not found later.
 
         Raises:
             DataError: a folder cannot be listed.
@@ -61,7 +70,36 @@ class FolderStore:
             listed.add(real)
             start = Path(folder).relative_to(self.root).as_posix()
             found.extend(files if start == "." else [f"{start}/{name}" for name in files])
-        return sorted(found)
+        return sorted(map(_shown, found))
+
+
+def read_file(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
+    """The bytes of a file.
+
+    Args:
+        path: of the file.
+        most: bytes that it may have.
+
+    Raises:
+        OSError: it is not there, too large, or no file: reading a pipe or a device may never end.
+    """
+    # Opening a pipe would wait for one who writes.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(descriptor, "rb") as stream:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(f"{path} is no file")
+        _check_size(found.st_size, most)
+        return stream.read()
+
+
+def _check_size(size: int, most: int = MAX_FILE_BYTES) -> None:
+    if size > most:
+        raise OSError(f"it has {size} bytes, more than the {most} that are read")
+
+
+def _shown(name: str) -> str:
+    return name.encode("utf-8", errors="surrogateescape").decode("utf-8", errors="backslashreplace")
 
 
 def _unlisted(error: OSError) -> None:
@@ -96,7 +134,7 @@ class ZipStore:
         if self._opened is None or self._opened[0] != os.getpid():
             try:
                 self._opened = (os.getpid(), zipfile.ZipFile(self.archive))
-            except (OSError, zipfile.BadZipFile) as error:
+            except (OSError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile) as error:
                 raise DataError(
                     f"{self.archive}: cannot be read as a zip archive ({error}). "
                     "Download it again, or give the unpacked folder."
@@ -108,8 +146,27 @@ class ZipStore:
         return sorted(self._open().namelist())
 
     def read(self, path: str) -> bytes:
-        """The bytes of member `path`."""
-        return self._open().read(path)
+        """The bytes of member `path`.
+
+        Raises:
+            KeyError: there is no such member.
+            OSError: it is damaged, encrypted, compressed in a way that is not known, or unpacks to too much.
+        """
+        archive = self._open()
+        # No more than the archive says is unpacked, so that what it says is the limit.
+        _check_size(archive.getinfo(path).file_size)
+        try:
+            return archive.read(path)
+        except (
+            EOFError,
+            RuntimeError,
+            ValueError,
+            struct.error,
+            lzma.LZMAError,
+            zlib.error,
+            zipfile.BadZipFile,
+        ) as error:
+            raise OSError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -158,11 +215,12 @@ class TarStore:
 
         Raises:
             KeyError: the index has no such member.
-            OSError: the shard is gone or was cut off since.
+            OSError: the shard is gone or was cut off since, or the member is too large.
         """
         if path not in self.members:
             raise KeyError("the shard holds no image of this key")
         shard, offset, size = self.members[path]
+        _check_size(size)
         with open(shard, "rb") as stream:
             stream.seek(offset)
             content = stream.read(size)
@@ -207,5 +265,5 @@ def read_needed(store: ImageStore, file: str) -> bytes:
     """
     try:
         return store.read(file)
-    except (OSError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, KeyError) as error:
         raise DataError(f"{file}: cannot be read ({error}). Download or unpack the data set again.") from error

@@ -151,6 +151,8 @@ def _members(shard: Path, problems: Problems) -> Iterator[_Member]:
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
+                if archive.offset <= member.offset:  # of a size below zero: the same members again, without end
+                    raise tarfile.ReadError(f"{member.name!r:.80} has the size {member.size}")
                 if member.isreg() and not member.issparse():
                     name = storable(member.name.removeprefix("./"))
                     yield _Member(name, TarMember(str(shard), member.offset_data, member.size))
@@ -158,8 +160,9 @@ def _members(shard: Path, problems: Problems) -> Iterator[_Member]:
                     detail = f"{storable(member.name)} is a link, a device or the like, and is not read"
                     problems.add("member that is no file", str(shard), detail)
             ends = archive.offset
-    except (OSError, tarfile.TarError, ValueError) as error:
-        raise DataError(f"{shard}: cannot be read as a tar archive ({error}); {way_out}.") from error
+    except (ArithmeticError, LookupError, MemoryError, OSError, RecursionError, ValueError, tarfile.TarError) as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{shard}: cannot be read as a tar archive ({reason}); {way_out}.") from error
     # tarfile takes a broken header behind the first member for the end.
     with shard.open("rb") as stream:
         stream.seek(ends)

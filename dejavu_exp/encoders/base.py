@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from dejavu_exp.errors import ConfigError
 
@@ -37,9 +37,10 @@ class LoadedEncoder:
             tensor; a `TextTransform`, where `reads` is "texts", takes B texts and gives a tensor, or a dict of tensors,
             of B rows.
         description: what is computed, e.g. "timm tf_efficientnet_lite0, features".
-        weights: where the weights come from: "hub NAME", "file NAME", "folder NAME", "package NAME", "random (seed N)",
-            or "none" where nothing is learned.
-        weights_hash: BLAKE2b of the module's state dict: names, types, shapes, values; 32 hexadecimal digits.
+        weights: where the weights come from: "hub NAME", "file NAME", "folder NAME", "package NAME", "function NAME",
+            "random (seed N)", or "none" where nothing is learned.
+        weights_hash: BLAKE2b of the module's state dict: names, types, shapes, values; and of the code that computes
+            with it, where that is not this package's or a library's. 32 hexadecimal digits.
         transform_text: the transform in full.
         random: True where the weights are random, so that no figure from them means anything.
         classes: names of the output columns, or None where they have none.
@@ -83,7 +84,10 @@ class Encoder(Protocol):
         reads: what it can embed, of "images" and "texts".
     """
 
-    reads: ClassVar[frozenset[str]]
+    @property
+    def reads(self) -> frozenset[str]:
+        """See above."""
+        ...
 
     def check(self) -> None:
         """Find what cannot work, without reading weights or touching the network.
@@ -133,10 +137,13 @@ def finish(
     classes: tuple[str, ...] | None = None,
     reads: str = "images",
     text: Callable[[], LoadedEncoder] | None = None,
+    code: str = "",
 ) -> LoadedEncoder:
-    """Put the module in inference mode and hash what it holds."""
+    """Put the module in inference mode and hash what it holds, and `code`, a hash of the code that is not ours."""
     module = module.float().eval().requires_grad_(False)
     state = hash_state(module)
+    if code:
+        state = hashlib.blake2b(f"{state} {code}".encode(), digest_size=16).hexdigest()
     return LoadedEncoder(
         module, transform, description, weights, state, transform_text, random, classes=classes, reads=reads, text=text
     )

@@ -70,3 +70,50 @@ class TextDetector(nn.Module):
         features = self.model.image_embedder(pixel_values=images)[0].flatten(1, 2)
         logits = self.model.class_predictor(features, self.texts.expand(len(images), -1, -1))[0]
         return best_scores(logits.float().sigmoid(), one_class=True)
+
+
+MOST_BOXES = 300
+"""Boxes of an image that are kept, the surest first; RT-DETR gives no more."""
+BOX_VALUES = 6
+"""Numbers of a box: the centre's x and y, width, height, score, and the column of its class."""
+
+
+def surest_boxes(boxes: Tensor, scores: Tensor) -> Tensor:
+    """The surest boxes of each image with their best class, in one row an image.
+
+    Args:
+        boxes: shape (B, boxes, 4): centre and sides, as shares.
+        scores: shape (B, boxes, columns), 0 to 1.
+
+    Returns:
+        Shape (B, kept x `BOX_VALUES`), float32, where kept is `MOST_BOXES` or all there are, by descending score.
+    """
+    best, columns = scores.max(dim=2)
+    best, order = best.topk(min(MOST_BOXES, best.shape[1]), dim=1)
+    placed = boxes.float().gather(1, order[..., None].expand(-1, -1, 4))
+    return torch.cat([placed, best[..., None], columns.gather(1, order).float()[..., None]], dim=2).flatten(1)
+
+
+class ClassBoxes(ClassDetector):
+    """A detector of fixed classes, with its boxes."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As for `ClassDetector`, to what `surest_boxes` gives."""
+        mask = images[:, 3] if images.shape[1] == 4 else None
+        found = self.model(pixel_values=images[:, :3], pixel_mask=mask)
+        logits = found.logits.float()
+        scores = (logits.softmax(dim=-1)[..., :-1] if self.one_class else logits.sigmoid())[..., self.kept]
+        merged = scores.new_zeros(*scores.shape[:2], int(self.columns.max()) + 1)
+        columns = self.columns.expand(*scores.shape[:2], -1)
+        return surest_boxes(found.pred_boxes, merged.scatter_reduce(2, columns, scores, "amax"))
+
+
+class TextBoxes(TextDetector):
+    """A detector of what a list of texts names, with its boxes."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As for `TextDetector`, to what `surest_boxes` gives."""
+        grid = self.model.image_embedder(pixel_values=images)[0]
+        features = grid.flatten(1, 2)
+        logits = self.model.class_predictor(features, self.texts.expand(len(images), -1, -1))[0]
+        return surest_boxes(self.model.box_predictor(features, grid), logits.float().sigmoid())

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
+    from dejavu_exp.encoders.detector_modules import ClassDetector, TextDetector
+
 ONE_CLASS_A_BOX = ("detr", "table-transformer")
 """Types (`model_type` in config.json) with a softmax over the classes and "no object"."""
 SCORE_A_CLASS = ("conditional_detr", "d_fine", "deformable_detr", "rt_detr", "rt_detr_v2")
@@ -93,6 +95,35 @@ class DetectorEncoder:
         """See `Encoder.load`."""
         from dejavu_exp.encoders.detector_modules import ClassDetector, TextDetector
 
+        return self._loaded(ClassDetector, TextDetector, "best score of each class")
+
+    def load_boxes(self) -> LoadedEncoder:
+        """The detector with its boxes: what `surest_boxes` gives, the classes being those that columns are of.
+
+        Places are shares of the sides of the image; where `boxes_square`, shares of its longer side.
+
+        Raises:
+            ConfigError: as for `check`, or the image processor cuts something off, so that nobody knows the places.
+            WeightsError: as for `load`.
+        """
+        from dejavu_exp.encoders.detector_modules import ClassBoxes, TextBoxes
+
+        loaded = self._loaded(ClassBoxes, TextBoxes, "boxes, surest first")
+        processor = loaded.transform.processor  # type: ignore[attr-defined]
+        if getattr(processor, "do_center_crop", False):
+            raise ConfigError(
+                f"{self.key}.model={self.model}: do_center_crop is true in preprocessor_config.json, so the model does "
+                "not see all of an image. Set it to false."
+            )
+        return loaded
+
+    @property
+    def boxes_square(self) -> bool:
+        """True where the model pads an image to a square, of which boxes are then shares."""
+        config = self._config(self._path() if self._path().is_dir() else self._fetch())
+        return bool(config.model_type == "owlv2")
+
+    def _loaded(self, of_classes: type[ClassDetector], of_texts: type[TextDetector], gives: str) -> LoadedEncoder:
         self.check()
         folder = self._path() if self._path().is_dir() else self._fetch()
         config = self._config(folder)
@@ -101,17 +132,17 @@ class DetectorEncoder:
         detector: nn.Module
         if config.model_type in FREE_VOCABULARY:
             classes = read_vocabulary(str(self.vocabulary))
-            detector = TextDetector(model, self._embed_texts(model, folder, classes))
+            detector = of_texts(model, self._embed_texts(model, folder, classes))
             how = f"one class a box, {len(classes)} tags, template {self.template!r}"
         else:
             columns, classes = self._columns(config)
             one_class = config.model_type in ONE_CLASS_A_BOX
-            detector = ClassDetector(model, columns, one_class=one_class)
+            detector = of_classes(model, columns, one_class=one_class)
             how = "one class a box" if one_class else "every class of a box"
         return finish(
             detector,
             transform,
-            description=f"transformers {config.model_type} {self._name()}, best score of each class, {how}",
+            description=f"transformers {config.model_type} {self._name()}, {gives}, {how}",
             weights=self._label(),
             transform_text=transform.text(),
             random=self.weights == sources.RANDOM,
@@ -200,7 +231,7 @@ class DetectorEncoder:
             with sources.seeded(self.seed):
                 return auto.from_config(config, trust_remote_code=False)
         try:
-            with sources.seeded(self.seed), _quiet():
+            with sources.seeded(self.seed), quiet():
                 model, report = auto.from_pretrained(
                     folder,
                     config=config,
@@ -324,7 +355,7 @@ def _lacks(folder: Path, *, weights: bool) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the bar and the table of tensors that transformers shows while it reads weights."""
     from transformers import utils
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import pickle
 import queue
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -20,9 +22,16 @@ from dejavu_exp.errors import WeightsError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+log = logging.getLogger(__name__)
+
 HUB = "hub"
 RANDOM = "random"
 KEY = "model.weights"
+CONTAINERS = ("state_dict", "model_state_dict", "model", "network", "module", "teacher")
+"""Keys under which training scripts keep a network, in the order in which they are looked for: the trained weights come
+before their moving average, and of a teacher and its student the teacher, which such methods evaluate."""
+WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before every name."""
 ANSWER_SECONDS = 5.0
 """How long a hub may take to answer at all; the hub libraries themselves would try for most of a minute."""
 
@@ -38,6 +47,21 @@ def check_source(weights: str, key: str = KEY) -> None:
             f"{key}={weights}: there is no such file. Give the path of a .safetensors, .pt, .pth or .bin file, or set "
             f"{key}={HUB} for the published weights, or {key}={RANDOM} for a trial whose numbers mean nothing."
         )
+
+
+def check_file(weights: str, key: str, expected: str) -> None:
+    """Check that `weights` is the path of a file.
+
+    Args:
+        weights: the value.
+        key: its place in the configuration.
+        expected: what the file must be, e.g. "a TorchScript archive".
+
+    Raises:
+        WeightsError: there is no such file.
+    """
+    if not local_path(weights).is_file():
+        raise WeightsError(f"{key}={weights}: there is no such file. Give the path of {expected}.")
 
 
 def local_path(weights: str) -> Path:
@@ -72,7 +96,6 @@ def read_checkpoint(path: Path) -> object:
         WeightsError: the file is damaged, of another kind, or cannot be read without running code.
     """
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -80,9 +103,10 @@ def read_checkpoint(path: Path) -> object:
             return load_file(path)
         if _is_torchscript(path):
             raise WeightsError(
-                f"{path} is a TorchScript archive, as OpenAI publishes CLIP: a program, which is not run here. Save "
-                f'its tensors once, torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), '
-                f'"model.pt"), and give that file, or use the published weights from the hub.'
+                f"{path} is a TorchScript archive, as OpenAI publishes CLIP: a program, which is not run here. Measure "
+                f"it as it is with model=torchscript model.weights={path.name}, or save its tensors once, "
+                f'torch.save(torch.jit.load("{path.name}", map_location="cpu").state_dict(), "model.pt"), and give '
+                f"that file, or use the published weights from the hub."
             )
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -91,8 +115,10 @@ def read_checkpoint(path: Path) -> object:
             f"{path} cannot be read as plain tensors and is not unpickled, since that would run code from the file "
             f"({_one_line(error)}). Save its state dict as a .safetensors file and give that."
         ) from error
-    # torch.load meets a damaged file with many kinds of error.
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, IndexError) as error:
+    except WeightsError:
+        raise
+    # torch.load meets a damaged file with errors of a dozen kinds.
+    except Exception as error:
         raise WeightsError(
             f"{path} cannot be read as a weights file ({_one_line(error)}). It may be cut short or of another kind: "
             f"fetch or save it again, best as .safetensors."
@@ -100,26 +126,38 @@ def read_checkpoint(path: Path) -> object:
 
 
 def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
+    return archive_holds(path, "/constants.pkl")
+
+
+def archive_holds(path: Path, *ends: str) -> bool:
+    """True where a file is a zip archive with an entry of which the name ends in one of `ends`; nothing is unpacked."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(ends) for name in archive.namelist())
+    # A damaged directory raises more than BadZipFile.
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def as_state_dict(content: object, path: Path) -> dict[str, Tensor]:
     """The tensors by name, out of the wrappings that training scripts put around them.
 
-    "state_dict" and "model" are opened (the trained weights, not their moving average), and the prefix "module." of
-    data-parallel training is dropped.
+    `CONTAINERS` are opened, and the prefixes that data-parallel training and torch.compile put before every name are
+    dropped; what was opened and dropped is logged.
 
     Raises:
         WeightsError: the file does not hold tensors by name.
     """
     import torch
 
-    for wrapping in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(wrapping), Mapping):
-            content = content[wrapping]
+    opened: list[str] = []
+    # Not for ever: a file can hold a mapping that contains itself.
+    while isinstance(content, Mapping) and len(opened) < len(CONTAINERS):
+        wrapping = next((name for name in CONTAINERS if isinstance(content.get(name), Mapping)), None)
+        if wrapping is None:
+            break
+        opened.append(wrapping)
+        content = content[wrapping]
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{path} holds no state dict: expected tensors by name, found {type(content).__name__}.")
     other = [str(name) for name, value in content.items() if not isinstance(value, torch.Tensor)]
@@ -128,7 +166,51 @@ def as_state_dict(content: object, path: Path) -> dict[str, Tensor]:
             f"{path} holds no state dict: expected tensors by name, found also {_some(other)}. "
             f"Save the state dict alone and give that file."
         )
-    return without_prefix({str(name): value for name, value in content.items()}, "module.")
+    state = {str(name): value for name, value in content.items()}
+    dropped = ""
+    while prefix := next((known for known in WRAPPERS if all(name.startswith(known) for name in state)), ""):
+        state, dropped = without_prefix(state, prefix), dropped + prefix
+    if opened or dropped:
+        log.info("%s: read %s%s", path.name, ".".join(opened) or "the file", f" without {dropped}" if dropped else "")
+    return state
+
+
+def under_prefix(
+    state: Mapping[str, Tensor], needed: Collection[str], path: Path, prefix: str | None, key: str
+) -> tuple[dict[str, Tensor], str]:
+    """The part of a state dict that belongs to a network, its names without what stands before them.
+
+    Args:
+        state: tensors by name.
+        needed: the network's own names.
+        path: the file, for errors.
+        prefix: what stands before them; None to look for it: where the names do not fit as they are, it is whatever
+            stands before all that are needed.
+        key: of the prefix in the configuration, for errors.
+
+    Returns:
+        The tensors, and the prefix: empty where the names fit as they are, or fit nowhere.
+
+    Raises:
+        WeightsError: nothing stands under the prefix given, or several parts of the file have all names.
+    """
+    if prefix is None:
+        # Batch norm's counters are of no use here, and old files lack them; see `load_strictly`.
+        needed = [name for name in needed if not name.endswith("num_batches_tracked")]
+        longest = max(needed, key=len, default="")
+        found = [name.removesuffix(longest) for name in state if name.endswith(longest)]
+        fitting = [before for before in found if all(before + name in state for name in needed)]
+        if len(fitting) > 1 and "" not in fitting:
+            told = " or ".join(f"{key}={before}" for before in fitting)
+            raise WeightsError(f"{path} holds the network more than once. Say which to read: {told}.")
+        prefix = "" if "" in fitting or not fitting else fitting[0]
+    part = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if not part:
+        raise WeightsError(
+            f"{key}={prefix}: no name in {path} starts with it; there are {_some(list(state))}. Give what stands "
+            f"before the network's own names, with its dot, or leave {key} out to have it found."
+        )
+    return part, prefix
 
 
 def without_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -46,19 +46,29 @@ class LabelShuffle(OneDirection):
 
     def evidence(self, inputs: ReferenceInputs) -> Evidence:
         """See `Reference.evidence`."""
-        givers = inputs.queries.select("id", "role").sort("role", "id")
-        shuffled = []
-        for (role,), rows in givers.group_by("role", maintain_order=True):
-            order = provenance.rng(inputs.seed, f"label_shuffle/{role}").permutation(len(rows))
-            shuffled.append(rows.with_columns(giver=rows["id"].gather(order)))
-        pairs = pl.concat(shuffled)
-        given = inputs.target.take(pairs["giver"].to_list())
-        return Evidence(
-            tuple(pairs["id"]),
-            given.labels,
-            given.probabilities,
-            given.ranking,
-            given.confidence,
-            given.tied,
-            given.distance,
-        ).take(inputs.queries["id"].to_list())
+        return shuffled(inputs.target, inputs.queries, inputs.seed)
+
+
+def shuffled(target: Evidence, queries: pl.DataFrame, seed: int) -> Evidence:
+    """The target's evidence dealt to other rows of the same role at random.
+
+    Args:
+        target: of all queries.
+        queries: columns id and role.
+        seed: of the deal.
+    """
+    dealt = []
+    for (role,), rows in queries.select("id", "role").sort("role", "id").group_by("role", maintain_order=True):
+        order = provenance.rng(seed, f"label_shuffle/{role}").permutation(len(rows))
+        dealt.append(rows.with_columns(giver=rows["id"].gather(order)))
+    pairs = pl.concat(dealt)
+    given = target.take(pairs["giver"].to_list())
+    return Evidence(
+        tuple(pairs["id"]),
+        given.labels,
+        given.probabilities,
+        given.ranking,
+        given.confidence,
+        given.tied,
+        given.distance,
+    ).take(queries["id"].to_list())

@@ -128,7 +128,7 @@ class LabelInference:
             }
         quadrant = metrics.quadrant(columns["target_correct"], columns["reference_correct"])
         memorized = quadrant == 0
-        entropies = [metrics.entropy(evidence.probabilities[memorized]) for evidence in (target, reference)]
+        entropies = [evidence.entropies(memorized) for evidence in (target, reference)]
         confidence = np.full(len(used), np.nan)
         confidence[memorized] = entropies[1] - entropies[0]
         by_name = {

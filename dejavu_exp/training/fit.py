@@ -337,19 +337,23 @@ class Keeper(pl_lightning.Callback):
 
     def on_train_epoch_end(self, trainer: pl_lightning.Trainer, module: pl_lightning.LightningModule) -> None:
         """Compare the validation loss, write what is kept, then the checkpoint that a killed run goes on from."""
+        from safetensors import SafetensorError
+
         task: Any = module
         epoch = trainer.current_epoch + 1
-        if self.validates:
-            self._validate(trainer, task, epoch)
-        elif epoch == self.until or (self.every and epoch % self.every == 0):
-            self._write(trainer, task, folder_of(self.folder, epoch))
-        self.seconds += time.perf_counter() - self._epoch_began
-        partial = self.folder / f".{LAST}.partial"
-        trainer.save_checkpoint(partial)
-        if trainer.is_global_zero:
-            os.replace(partial, self.folder / LAST)
-            pl.DataFrame(self.history, schema=HISTORY).write_parquet(self.folder / "history.parquet")
-            tables.write_json({"epochs": epoch, "seconds": round(self.seconds, 1)}, self.folder / COST)
+        # torch.save has RuntimeError for a full disk.
+        with tables.writing(self.folder, RuntimeError, SafetensorError, pl.exceptions.PolarsError):
+            if self.validates:
+                self._validate(trainer, task, epoch)
+            elif epoch == self.until or (self.every and epoch % self.every == 0):
+                self._write(trainer, task, folder_of(self.folder, epoch))
+            self.seconds += time.perf_counter() - self._epoch_began
+            partial = self.folder / f".{LAST}.partial"
+            trainer.save_checkpoint(partial)
+            if trainer.is_global_zero:
+                os.replace(partial, self.folder / LAST)
+                pl.DataFrame(self.history, schema=HISTORY).write_parquet(self.folder / "history.parquet")
+                tables.write_json({"epochs": epoch, "seconds": round(self.seconds, 1)}, self.folder / COST)
         trainer.strategy.barrier()
 
     def _validate(self, trainer: pl_lightning.Trainer, task: Task, epoch: int) -> None:
@@ -409,7 +413,8 @@ def trained(
     """
     key = key_of_job(job, settings, device)
     folder = cache / "trained" / key
-    folder.mkdir(parents=True, exist_ok=True)
+    with tables.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     until = epoch or job.recipe.epochs
     wanted = folder_of(folder, until) if job.validation.is_empty() else folder / BEST
     ready = wanted if job.validation.is_empty() else folder / DONE
