@@ -4,7 +4,7 @@ VENV ?= .venv
 FAISS ?= cpu
 BIN := $(VENV)/bin
 
-.PHONY: help run test lint bench calibrate replicate clean
+.PHONY: help run test lint bench calibrate replicate clean docs
 .DEFAULT_GOAL := help
 
 help:  ## show this
@@ -45,6 +45,9 @@ calibrate: $(VENV)/.run  ## plant memorization at known rates and measure it, te
 DATA ?= data
 replicate: $(VENV)/.run  ## the paper's comparison on 20 classes of Tiny ImageNet in DATA, half an hour; resumes; writes docs/results.md
 	$(BIN)/python benchmarks/replicate.py --data $(DATA)
+
+docs: $(VENV)/.dev  ## build the documentation as a site, into build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/site/mkdocs.yml
 
 clean:  ## remove the environment, build products and outputs
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis outputs/cache outputs/runs outputs/sweeps
