@@ -7,7 +7,7 @@ import io
 import os
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -46,7 +46,46 @@ resize, which moves some values by 1/255, seldom by 2/255, before they are norma
 def decode(content: bytes) -> Image.Image:
     """Decode to RGB. EXIF rotation is not applied: boxes count in the pixels as they are stored."""
     with opened(content) as picture:
+        picture.load()
+        if picture.format == "PNG":
+            _refuse_missing_rows(picture, content)
         return eight_bits(picture).convert("RGB")
+
+
+PNG_PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""First column and row, and steps, of the passes of an interlaced PNG (PNG specification, section 8.2)."""
+PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+"""Values a pixel, by the colour type in a PNG's header."""
+
+
+def _refuse_missing_rows(picture: Image.Image, content: bytes) -> None:
+    """Refuse a PNG whose data ends early: Pillow leaves the rows that are not there black and says nothing.
+
+    Raises:
+        OSError: it is one.
+    """
+    width, height, bits, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", content, 16)
+    last_row = np.asarray(picture.crop((0, picture.height - 1, picture.width, picture.height)))
+    if last_row.any() and not interlaced:
+        return  # To count the bytes costs as much as a third of decoding; this nearly always does without.
+    passes = PNG_PASSES if interlaced else ((0, 0, 1, 1),)
+    sizes = [(-(-(width - left) // across), -(-(height - top) // down)) for left, top, across, down in passes]
+    expected = sum(
+        rows * (1 + -(-columns * bits * PNG_CHANNELS[colour] // 8)) for columns, rows in sizes if columns > 0
+    )
+    inflated = zlib.decompressobj().decompress(b"".join(_png_data(content)), expected)
+    if len(inflated) < expected:
+        raise OSError(f"truncated: its rows need {expected} bytes of pixels, it has {len(inflated)}")
+
+
+def _png_data(content: bytes) -> Iterator[bytes]:
+    """The data of a PNG's IDAT chunks, those of its first picture where it moves."""
+    start = 8
+    while start + 8 <= len(content):
+        length, name = struct.unpack_from(">I4s", content, start)
+        if name == b"IDAT":
+            yield content[start + 8 : start + 8 + length]
+        start += 12 + length
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:

@@ -30,10 +30,11 @@ Pixels: TypeAlias = npt.NDArray[np.uint8]
 START, END = b"\xff\xd8\xff", b"\xff\xd9"
 SEQUENTIAL = frozenset({0xC0, 0xC1})
 """Markers of a frame that is stored from top to bottom, Huffman coded."""
-OTHER_FRAMES = frozenset(range(0xC0, 0xD0)) - SEQUENTIAL - {0xC4, 0xC8, 0xCC}
-"""Progressive, lossless and arithmetically coded frames; the three left out are no frames."""
 SCAN = 0xDA
 """Marker of a scan, after whose header the coded pixels follow."""
+SEGMENTS = SEQUENTIAL | {SCAN, 0xC4, 0xDB, 0xDD, 0xFE} | frozenset(range(0xE0, 0xF0))
+"""Markers of segments that such a file has: also tables, a comment, and what belongs to an application. Others are of
+progressive, lossless and arithmetically coded frames, or are damage, with which decoders fare differently."""
 MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 """What ends the coded pixels. Before the end of the file it is damage, which only a decoder of all of it would meet."""
 LEAST_WIDTH = 16
@@ -65,6 +66,8 @@ def plain_size(content: bytes) -> tuple[int, int] | None:
     size, at = None, len(START) - 1
     while at + 10 <= len(content) and content[at] == 0xFF:
         marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
+        if marker not in SEGMENTS:
+            return None
         if marker in SEQUENTIAL:
             precision, height, width, components = struct.unpack_from(">BHHB", content, at + 4)
             size = (width, height) if precision == 8 and components in (1, 3) else None
@@ -72,8 +75,6 @@ def plain_size(content: bytes) -> tuple[int, int] | None:
         if marker == SCAN:
             stop = MARKER.search(content, at)
             return size if stop is not None and stop.start() == len(content) - len(END) else None
-        if marker in OTHER_FRAMES:
-            return None
     return None
 
 

@@ -305,7 +305,7 @@ def whole(path: Path) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield partial
             os.replace(partial, path)
-    except DataError:
+    except BaseException:
         with suppress(OSError):  # where its folder is a file, say
             partial.unlink()
         raise
@@ -317,12 +317,12 @@ def writing(path: Path, *errors: type[Exception]) -> Iterator[None]:
 
     Args:
         path: what is written.
-        errors: what a library raises for it beside OSError.
+        errors: what a library raises for it beside OSError and polars' own.
 
     Raises:
         DataError: there is no room, or no permission.
     """
-    caught: tuple[type[Exception], ...] = (OSError, *errors)
+    caught: tuple[type[Exception], ...] = (OSError, pl.exceptions.PolarsError, *errors)
     try:
         yield
     except caught as error:

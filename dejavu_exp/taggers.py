@@ -509,7 +509,10 @@ def read_authors_labels(folder: Path) -> list[AuthorsTags]:
     for key in read_authors_keys(folder):
         path = folder / "labels" / f"{key}_labels.json"
         if path.exists():
-            found += [_authors_tags(key, entry, f"{path}, entry {n}") for n, entry in enumerate(_read_json(path))]
+            entries = _read_json(path)
+            if not isinstance(entries, list):
+                raise DataError(f"{path}: must hold a list with image_path, tags and scores of each image.")
+            found += [_authors_tags(key, entry, f"{path}, entry {n}") for n, entry in enumerate(entries)]
     return found
 
 
@@ -517,7 +520,7 @@ def _authors_tags(key: str, entry: Any, where: str) -> AuthorsTags:  # noqa: ANN
     try:
         tags, scores = [*map(str, entry["tags"])], [float(score) for score in entry["scores"]]
         found = AuthorsTags(key, str(entry["image_path"]), tags, scores)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise DataError(f"{where}: needs image_path, tags and scores ({error!r}).") from error
     if len(tags) != len(scores):
         raise DataError(f"{where}: {len(tags)} tags but {len(scores)} scores.")
@@ -547,7 +550,7 @@ def read_authors_frequencies(folder: Path) -> dict[str, dict[str, tuple[float, f
         content = _read_json(path)
         try:
             found[key] = {tag: (float(count), float(total)) for tag, (count, total) in content.items()}
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
             raise DataError(f"{path}: must map each tag to [count, score sum] ({error!r}).") from error
     return found
 

@@ -277,8 +277,11 @@ def tensor_of(shape: list[int], end: int) -> dict[str, Any]:
 
 
 def no_directory() -> bytes:
-    whole = torch_file(tensors())
-    return whole[:-22] + whole[-22:].replace(whole[-6:-2], struct.pack("<I", 2**31))
+    """The directory is said to lie behind the end of the file, in the record of 64 bits and in that of 32."""
+    whole = bytearray(torch_file(tensors()))
+    struct.pack_into("<Q", whole, whole.rindex(b"PK\x06\x06") + 48, 2**31)
+    struct.pack_into("<I", whole, whole.rindex(b"PK\x05\x06") + 16, 2**31)
+    return bytes(whole)
 
 
 WEIGHTS: dict[str, Callable[[], bytes]] = {

@@ -108,7 +108,14 @@ def save_clean(folder: Path, name: str = "test_attk_A") -> Golden:
 def test_accuracies_of_the_knn_attack(tmp_path: Path) -> None:
     golden = save_clean(tmp_path / "attack")
     accuracies = golden.told["runs"]["k100_attk100"]["accuracy"]
-    sweep = np.linspace(0.1, 1, 100)[[0, 17, 40, 63, 88]].tolist()
+    n_rows = len(golden.arrays["out_attk_idxs"])
+    # A share such as 0.8999... of 800 keeps 720 rows here and 719 there; see `metrics.n_confident`.
+    same = [
+        share
+        for share in np.linspace(0.1, 1, 100).tolist()
+        if metrics.n_confident(n_rows, share) == int(share * n_rows)
+    ]
+    sweep = same[:-1:20]
     fractions = f"scoring.fractions={[1.0, 0.2, 0.05, *sweep]}"
     run = imported(tmp_path / "run", "labels", tmp_path / "attack", "--label-shuffle", *AUTHORS, fractions)
     target = run.figures["references"]["label_shuffle"]["roles"]["target"]
@@ -116,12 +123,12 @@ def test_accuracies_of_the_knn_attack(tmp_path: Path) -> None:
         expected = {float(share): found["accuracy"] for share, found in accuracies[top]["fractions"].items()}
         told_of_sweep = zip(np.linspace(0.1, 1, 100).tolist(), accuracies[top]["sweep_n_and_accuracy"], strict=True)
         expected |= {share: accuracy for share, (_, accuracy) in told_of_sweep if share in sweep}
-        assert len(expected) == 8
+        assert len(expected) == 3 + len(sweep)
         for share, accuracy in expected.items():
             cell = target[top][metrics.percent_key(share)]["target"]
             assert cell["value"] == pytest.approx(accuracy, abs=1e-12)
             assert cell["low"] <= cell["value"] <= cell["high"]
-            assert (cell["n_used"], cell["n_excluded"]) == (len(golden.arrays["out_attk_idxs"]), 0)
+            assert (cell["n_used"], cell["n_excluded"]) == (n_rows, 0)
     scores = run.scores.sort("id")
     order = np.argsort(golden.arrays["out_attk_idxs"])
     uncertain = golden.arrays["out_k100_attk100_attk_uncert"][order]

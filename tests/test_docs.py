@@ -612,8 +612,10 @@ def test_a_strangers_path_from_a_folder_and_a_file_to_a_report(tmp_path: Path) -
     assert "<html" in report.read_text()
     figures = json.loads((report.parent / "figures.json").read_text())
     used = figures["references"]["crop_classifier"]["roles"]
-    assert used["target"]["top1"]["100"]["gap"]["n_used"] == 40
-    assert used["unseen"]["top1"]["100"]["gap"]["n_used"] == 40
+    for role in ("target", "unseen"):
+        gap = used[role]["top1"]["100"]["gap"]
+        assert gap["n_used"] + gap["n_excluded"] == 40
+        assert gap["n_used"] >= 35, "of some images no background is left"
     compare.main([str(report.parent), "--out", str(tmp_path / "compared")])
     assert (tmp_path / "compared" / "comparison.html").is_file()
     drawn = load(SITE / "picture.py").picture(figures, (ROOT / "dejavu_exp/report/templates/page.css").read_text())

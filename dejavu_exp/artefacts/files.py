@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -20,8 +19,6 @@ PARTS = ("attk_idxs", "labels", "neighb_labels", "neighb_idxs")
 """What the k-NN attack saves of one attack, each as NAME_<part>.npy."""
 JUDGED = ("label", "prediction", "confidence", "probability of the label", "entropy", "path")
 """Columns of the table that the evaluation of the crop classifier saves."""
-UNREADABLE = (OSError, ValueError, EOFError, KeyError, MemoryError, zipfile.BadZipFile)
-"""What NumPy raises for files that are missing, cut short, or hold Python objects."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +194,7 @@ def read_judged(path: Path) -> Judged:
             f"{path}: has the shape {found.shape} and the type {found.dtype}; expected one row of texts a crop with "
             f"{', '.join(JUDGED)}. Give the file that the evaluation of the crop classifier saves."
         )
-    texts = found.astype(str)
+    texts = _texts(found, path)
     numbers = np.empty((len(texts), len(JUDGED) - 1))
     for column, name in enumerate(JUDGED[:-1]):
         try:
@@ -208,6 +205,18 @@ def read_judged(path: Path) -> Judged:
         row, column = np.argwhere(~np.isfinite(numbers))[0]
         raise DataError(f"{path}, row {row}: the {JUDGED[column]} is not finite. Evaluate the crop classifier again.")
     return Judged(texts[:, -1].tolist(), *numbers[:, :2].T.astype(np.int64), *numbers[:, 2:].T.copy())
+
+
+def _texts(found: npt.NDArray[Any], path: Path) -> npt.NDArray[np.str_]:
+    """The texts of an array; NumPy keeps numbers as characters that are none, and meets them with a SystemError."""
+    try:
+        texts = found.astype(str)
+        "".join(texts.ravel().tolist()).encode()
+    except (SystemError, ValueError) as error:
+        raise DataError(
+            f"{path}: holds texts with characters that do not exist ({error}). Evaluate the crop classifier again."
+        ) from error
+    return texts
 
 
 def whole_numbers(path: Path, member: str = "") -> IntArray:
@@ -237,7 +246,8 @@ def _load(path: Path, member: str = "") -> npt.NDArray[Any]:
         if not isinstance(found, np.ndarray):
             with found as archive:
                 found = archive[member] if member else _only(archive)
-    except UNREADABLE as error:
+    # NumPy meets a damaged file with errors of a dozen kinds, down to those of Python's tokenizer.
+    except Exception as error:
         told = " ".join(str(error).split()) or type(error).__name__
         wanted = f"an .npz file with the array {member}" if member else "an .npy file of numbers"
         out = (

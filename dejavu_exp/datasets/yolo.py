@@ -14,6 +14,8 @@ from dejavu_exp.errors import DataError
 
 NAME_FILES = ("data.yaml", "data.yml", "dataset.yaml", "classes.txt", "obj.names")
 """What files with the names of the classes are called."""
+UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError)
+"""What PyYAML raises, beside its own errors, for a value that is not what its tag says, as in `!!bool dog`."""
 MAX_BYTES = 1 << 24
 """A longer file is no annotation of one image, and no list of names."""
 
@@ -40,7 +42,7 @@ def read_names(path: Path) -> dict[int, str]:
             named = content.get("names") if isinstance(content, dict) else None
         else:
             named = text.rstrip().splitlines()
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except (yaml.YAMLError, *UNREADABLE) as error:
         raise DataError(f"dataset.names={path}: cannot be read: {error}.") from error
     if isinstance(named, list):
         named = dict(enumerate(named))

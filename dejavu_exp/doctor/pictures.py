@@ -167,7 +167,8 @@ TRAITS = (
         "If they use only a part of that range, as many cameras' 12 bits do, scale them and save them with 8 bits.",
     ),
     Trait(
-        "image_ending", Severity.WARNING, (pl.col("expected") != "") & (pl.col("format") != pl.col("expected")),
+        "image_ending", Severity.WARNING,
+        (pl.col("expected") != "") & (pl.col("format") != "") & (pl.col("format") != pl.col("expected")),
         "The ending of the file's name promises another format. It is read by its content, so nothing is lost here, "
         "but other programs may fail.",
         "Rename these files.", pl.format("is {}", "format"),

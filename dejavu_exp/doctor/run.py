@@ -34,8 +34,8 @@ FILES = (
 """What a finished run leaves behind."""
 AGREES = 1e-9
 """Absolute and relative; the files hold every digit."""
-RESAMPLED = ("low", "high", "gap_low", "gap_high", "power")
-"""Keys of figures that come from random resamples: another version may draw others."""
+RESAMPLED = ("low", "high", "gap_low", "gap_high", "power", "verdict")
+"""Keys of figures that come from random resamples, or name their ends: another version may draw others."""
 REPEAT = "Repeat the run: the same command takes embeddings and weights from the cache."
 NEEDED = (
     *("schema", "verdict", "headline", "encoder", "dataset", "split", "infers", "probe", "counts"),
@@ -97,12 +97,12 @@ def examine(folder: Path, *, inputs: bool) -> Examination:
     try:
         held = _held(found, folder, figures)
         if held is not None:
-            _tell_scores(found, held)
-            _tell_figures(found, held)
+            if _tell_scores(found, held):
+                _tell_figures(found, held)
             _tell_beside(found, held)
             if inputs:
                 _tell_inputs(found, held)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, pl.exceptions.PolarsError) as error:
         found.fault("figures", f"figures.json is not what a run writes: {type(error).__name__}: {error}.", REPEAT)
     return found
 
@@ -268,8 +268,12 @@ def _get(value: Any, path: str) -> object:  # noqa: ANN401
     return None
 
 
-def _tell_scores(found: Examination, held: Held) -> None:
-    """Whether scores.parquet has the columns, types, ids and statuses of a run, and rows that make sense."""
+def _tell_scores(found: Examination, held: Held) -> bool:
+    """Whether scores.parquet has the columns, types, ids and statuses of a run, and rows that make sense.
+
+    Returns:
+        False where figures cannot be computed from it.
+    """
     schema = OBJECT_SCORES if held.figures["infers"] == "objects" else SCORES
     scores = held.scores
     found.facts["rows of scores"] = len(scores)
@@ -281,7 +285,7 @@ def _tell_scores(found: Examination, held: Held) -> None:
     ]
     found.fault("scores_columns", "Columns of scores.parquet are missing or of another type.", REPEAT, wrong)
     if wrong:
-        raise KeyError("scores.parquet has not the columns of a run")
+        return False
     keys = scores.select("reference", "id")
     twice = keys.filter(keys.is_duplicated() | pl.Series(scores["id"].is_null())).unique().sort("reference", "id")
     found.fault(
@@ -301,6 +305,7 @@ def _tell_scores(found: Examination, held: Held) -> None:
             "scores_rows", f"Rows of scores.parquet contradict themselves: {name}.", REPEAT,
             bad.select(pl.format("{}: {}", "id", "reference")).to_series().to_list(),
         )  # fmt: skip
+    return twice.is_empty() and not other
 
 
 def _label_rules(held: Held) -> dict[str, pl.Expr]:
@@ -371,13 +376,13 @@ def _tell_figures(found: Examination, held: Held) -> None:
         "p_values", "p_value or q_value in scores.parquet does not follow from the scores.", REPEAT,
         [str(name[0]) for name in parts],
     )  # fmt: skip
-    if not figures["verdict"].startswith(again["references"][figures["headline"]]["verdict"]):
-        found.fault("verdict", "The verdict in figures.json is not the one that its figures give.", REPEAT)
+    if not figures["verdict"].startswith(figures["references"][figures["headline"]]["verdict"]):
+        found.fault("verdict", "The verdict in figures.json is not that of its first reference.", REPEAT)
     _tell_counts(found, held)
 
 
 def _p_values_hold(rows: pl.DataFrame) -> bool:
-    again = common.with_p_values(rows)
+    again = common.with_p_values(rows.drop("p_value", "q_value"))
     return all(
         np.allclose(again[name].fill_null(-1.0), rows[name].fill_null(-1.0), rtol=AGREES, atol=AGREES)
         for name in ("p_value", "q_value")
@@ -416,8 +421,8 @@ def _tell_unlike(
     """Note where what is told differs from what was computed; only a warning where other code draws other resamples."""
     found_here = {path: f"{path}: {written}, computed {computed}" for path, computed, written in unlike(again, told)}
     drawn = [text for path, text in found_here.items() if _is_resampled(path)]
-    # Other resamples change nearly all intervals: where most agree, they were not drawn otherwise.
-    elsewhere = not held.same_code and 2 * len(drawn) > sum(_is_resampled(path) for path, _ in leaves(again))
+    # Other resamples change all intervals that are not exact: where few differ, they were not drawn otherwise.
+    elsewhere = not held.same_code and 4 * len(drawn) > sum(_is_resampled(path) for path, _ in leaves(again))
     faults = [text for path, text in found_here.items() if not (elsewhere and _is_resampled(path))]
     found.fault(kind, f"{sentence} Something was edited, or is damaged.", REPEAT, faults)
     found.warn(

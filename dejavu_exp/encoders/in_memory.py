@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import dejavu_exp
 from dejavu_exp import provenance
 from dejavu_exp.encoders.base import IMAGES, LoadedEncoder, Transform, finish
 from dejavu_exp.errors import ConfigError
@@ -27,7 +28,10 @@ log = logging.getLogger(__name__)
 
 WHAT = "encoder"
 """What the argument is called, for errors."""
-_INSTALLED = tuple(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib"))
+_INSTALLED = (
+    *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "purelib", "platlib")),
+    Path(dejavu_exp.__file__).resolve().parent,  # also where it is used from its source tree
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,13 +174,19 @@ def _source_hashes(names: Iterable[str]) -> dict[str, str]:
 
 def _is_compiled(module: types.ModuleType) -> bool:
     """True for a module that never had Python code; the versions of those that count are in every cache key."""
-    return getattr(module, "__spec__", None) is not None
+    if getattr(module, "__spec__", None) is not None:
+        return True
+    # Modules that compiled code makes inside itself, as torch._C does, have no specification.
+    around = sys.modules.get(module.__name__.rpartition(".")[0])
+    file = getattr(around, "__file__", None)
+    return around is not None and file is not None and inspect.getsourcefile(around) is None
 
 
 def _used_by(module: types.ModuleType) -> set[str]:
     """The modules of what a module's globals name."""
     names = set()
-    for value in vars(module).values():
+    # What the import adds, such as the loader, or pytest's "@pytest_ar", is no part of the code.
+    for value in (item for name, item in vars(module).items() if name.isidentifier() and not name.startswith("__")):
         owner = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
         if isinstance(owner, str) and owner in sys.modules:
             names.add(owner)

@@ -252,7 +252,14 @@ def load_strictly(
             f"{len(unexpected)} unexpected{_examples(unexpected)}, {len(reshaped)} of another shape"
             f"{_examples(reshaped)}. Set arch to the architecture that the file was saved from, or give another file."
         )
-    module.load_state_dict(dict(state), strict=False)
+    try:
+        module.load_state_dict(dict(state), strict=False)
+    # Sparse and quantized tensors, and those of the device meta, which have no values.
+    except RuntimeError as error:
+        raise WeightsError(
+            f"{path} does not fit arch={arch}: it holds tensors that cannot be copied ({_one_line(error)}). Save plain "
+            f"tensors with values: not sparse, not quantized, not of the device meta."
+        ) from error
 
 
 def hub_error(name: str, reason: str, key: str = KEY) -> WeightsError:

@@ -345,7 +345,8 @@ class LabelInference:
         }
         used = pl.col("status") == Status.OK
         counted = {name: (used & member).sum().cast(pl.Int64) for name, member in is_cell.items()}
-        table = scores.group_by("label").agg(n_excluded=(~used).sum().cast(pl.Int64), **counted).sort("label")
+        known = scores.filter(pl.col("label").is_not_null())  # of a row that was dropped before, it may not be
+        table = known.group_by("label").agg(n_excluded=(~used).sum().cast(pl.Int64), **counted).sort("label")
         estimates = common.by_cells(
             table.select(common.CELLS).to_numpy(),
             table["n_excluded"].to_numpy(),
