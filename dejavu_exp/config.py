@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import inspect
 import json
@@ -11,7 +12,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,10 +105,16 @@ def spoken_errors() -> Iterator[None]:
 
 def register() -> None:
     """Register the resolvers that configuration files use."""
+    import omegaconf
     from omegaconf import OmegaConf
+    from packaging.version import Version
 
-    OmegaConf.register_new_resolver("weights_of_arch", _weights_of_arch, replace=True)
-    OmegaConf.register_new_resolver("cell", _cell_name, replace=True)
+    add: Callable[..., None] = OmegaConf.register_new_resolver
+    if Version(omegaconf.__version__) >= Version("2.4rc1"):
+        # It has another name there, and evaluates annotations, of which ours name types that only type checkers import.
+        add = functools.partial(OmegaConf.register_resolver, annotation_validation="off")
+    add("weights_of_arch", _weights_of_arch, replace=True)
+    add("cell", _cell_name, replace=True)
 
 
 def _weights_of_arch(arch: str, *, _root_: DictConfig) -> str:
