@@ -25,6 +25,9 @@ SCHEMA_VERSION = 2
 FIGURES_VERSION = 4
 """Stands in figures.json as `schema`: raise it when a key or its meaning changes."""
 
+MAX_ROWS = 1 << 32
+"""A table of polars has fewer rows, and so has a file that is read."""
+
 _POLARS_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException)
 """The second is for texts that are no UTF-8, and no Exception to Python."""
 
@@ -263,12 +266,28 @@ def read(path: Path) -> pl.DataFrame:
     try:
         # A file, not the folder of parts that Arrow would take too.
         with path.open("rb") as stream:
+            _check_rows(parquet.read_metadata(stream))
+            stream.seek(0)
             table = parquet.read_table(stream)
         table.validate(full=True)
         return pl.DataFrame(table)
     except (OSError, MemoryError, ValueError, pa.ArrowException, *_POLARS_ERRORS) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{path}: cannot be read as Parquet ({reason[:200]}). Write or fetch it again.") from error
+
+
+def _check_rows(metadata: Any) -> None:  # noqa: ANN401 - pyarrow's FileMetaData
+    """Refuse claims of more rows than there are, for which Arrow would make room, hours and gigabytes of it.
+
+    Raises:
+        ValueError: a column has fewer values than its part of the file has rows, or there are too many rows.
+    """
+    if metadata.num_rows >= MAX_ROWS:
+        raise ValueError(f"it claims {metadata.num_rows} rows, of at most {MAX_ROWS - 1}")
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        values = min((group.column(number).num_values for number in range(group.num_columns)), default=0)
+        if group.num_rows > values:
+            raise ValueError(f"it claims {group.num_rows} rows, and has {values} values in a column")
 
 
 def write(frame: pl.DataFrame, path: Path, metadata: Mapping[str, Any] | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import polars as pl
 
 from dejavu_exp import tables
 from dejavu_exp.datasets import pickles
+from dejavu_exp.datasets.annotations import storable
 from dejavu_exp.datasets.base import Manifest
 from dejavu_exp.encoders import Encoder
 from dejavu_exp.errors import ConfigError, DataError
@@ -483,7 +485,7 @@ def read_authors_keys(folder: Path) -> list[str]:
     path = folder / "labels.txt"
     try:
         rows = [row for row in csv.reader(path.read_text(encoding="utf-8").splitlines()) if row]
-    except (OSError, UnicodeError) as error:
+    except (OSError, UnicodeError, csv.Error) as error:
         raise DataError(f"{path}: cannot be read ({error}); it must hold one `id,name` a line.") from error
     for number, row in enumerate(rows, 1):
         if len(row) != 2:
@@ -518,12 +520,14 @@ def read_authors_labels(folder: Path) -> list[AuthorsTags]:
 
 def _authors_tags(key: str, entry: Any, where: str) -> AuthorsTags:  # noqa: ANN401 - from a file, checked here
     try:
-        tags, scores = [*map(str, entry["tags"])], [float(score) for score in entry["scores"]]
-        found = AuthorsTags(key, str(entry["image_path"]), tags, scores)
+        tags, scores = [storable(str(tag)) for tag in entry["tags"]], [float(score) for score in entry["scores"]]
+        found = AuthorsTags(key, storable(str(entry["image_path"])), tags, scores)
     except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise DataError(f"{where}: needs image_path, tags and scores ({error!r}).") from error
     if len(tags) != len(scores):
         raise DataError(f"{where}: {len(tags)} tags but {len(scores)} scores.")
+    if any(map(math.isnan, scores)):
+        raise DataError(f"{where}: a score is NaN; leave out a tag of which nothing is known.")
     return found
 
 
@@ -552,6 +556,8 @@ def read_authors_frequencies(folder: Path) -> dict[str, dict[str, tuple[float, f
             found[key] = {tag: (float(count), float(total)) for tag, (count, total) in content.items()}
         except (AttributeError, OverflowError, TypeError, ValueError) as error:
             raise DataError(f"{path}: must map each tag to [count, score sum] ({error!r}).") from error
+        if not all(math.isfinite(number) for numbers in found[key].values() for number in numbers):
+            raise DataError(f"{path}: a count or a score sum is not finite; count the tags again.")
     return found
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from mypy import api as mypy_api
 from PIL import Image
 from polars.testing import assert_frame_equal
+from properties import examples
 from torch import Tensor, nn
 
 import dejavu_exp
@@ -191,6 +192,7 @@ VALUES: st.SearchStrategy[object] = st.recursive(
 )
 
 
+@examples(100)
 @given(VALUES)
 def test_a_value_of_python_is_the_same_value_on_the_command_line(value: object) -> None:
     assert OverridesParser.create().parse_override(f"x={api._spelled(value)}").value() == value

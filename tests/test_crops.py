@@ -6,8 +6,9 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from dejavu_exp import crops, extract, provenance, tables
 from dejavu_exp.crops import BackgroundCrop, CornerCrop, FullImage
@@ -46,15 +47,15 @@ def declared_rank(rect: crops.Rect) -> tuple[int, ...]:
     return min(wide, tall), wide * tall, -ymin, -xmin, wide
 
 
+@examples(150)
 @given(images())
-@settings(max_examples=150, deadline=None, derandomize=True)
 def test_the_largest_rectangle_is_the_best_of_all_empty_ones(image: Image) -> None:
     expected = max(every_empty_rectangle(*image), key=declared_rank, default=None)
     assert crops.largest_rectangle(*image) == expected
 
 
+@examples(100)
 @given(images())
-@settings(max_examples=100, deadline=None, derandomize=True)
 def test_the_order_of_boxes_does_not_matter(image: Image) -> None:
     width, height, boxes = image
     assert crops.largest_rectangle(width, height, boxes[::-1]) == crops.largest_rectangle(width, height, boxes)

@@ -13,9 +13,10 @@ import PIL
 import polars as pl
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
+from properties import examples
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision import transforms as tv
@@ -82,7 +83,7 @@ def views_of(draw: st.DrawFn) -> tuple[int, int, Rect]:
 
 @needs_regions
 @pytest.mark.parametrize("how", PLAIN.values(), ids=PLAIN)
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(view=views_of(), quality=st.sampled_from([30, 90, 100]))
 def test_a_region_has_the_pixels_that_pillow_gives_for_the_whole_picture(
     how: dict[str, Any], view: tuple[int, int, Rect], quality: int
@@ -143,7 +144,7 @@ def test_a_broken_off_jpeg_fares_as_with_pillow(kept: float, end: bytes, region:
 
 
 @needs_regions
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(data=st.data())
 def test_a_damaged_jpeg_fares_as_with_pillow(data: st.DataObject) -> None:
     content = bytearray(encoded(photograph(96, 80), restart_marker_blocks=4))
@@ -190,7 +191,7 @@ UNKNOWN: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("transform", KNOWN.values(), ids=KNOWN)
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(width=st.integers(1, 90), height=st.integers(1, 90), seed=st.integers(0, 9))
 def test_a_known_transform_gives_the_same_bits_where_exact(transform: Any, width: int, height: int, seed: int) -> None:
     pixels = photograph(width, height, seed)

@@ -5,8 +5,9 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from dejavu_exp import metrics, statistics
 from dejavu_exp.statistics import bootstrap
@@ -22,7 +23,7 @@ def mean_over_all_orders(values: list[int], confidence: list[float], keep: int) 
     return float(np.mean([np.mean([values[row] for row in order[:keep]]) for order in found]))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 2)), min_size=1, max_size=6),
     fraction=st.sampled_from([0.05, 0.2, 0.5, 0.75, 1.0]),

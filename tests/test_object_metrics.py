@@ -4,8 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from dejavu_exp import metrics
 
@@ -48,7 +49,7 @@ def test_set_counts_of_nothing() -> None:
 SETS = st.lists(st.integers(0, 70), max_size=5)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.lists(SETS, min_size=1, max_size=4), st.lists(SETS, min_size=1, max_size=5))
 def test_precision_recall_and_f_of_any_sets(truth: Any, bank: Any) -> None:
     positions = np.tile(np.arange(len(bank)), (len(truth), 1))

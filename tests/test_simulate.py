@@ -5,8 +5,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from benchmarks import simulate
 from benchmarks.simulate import Leases, Loss, Outcome, World, barrier, ideal, leased, static
@@ -93,8 +94,8 @@ def test_losses_of_ranks_that_are_away_change_nothing() -> None:
     assert static(FOUR, TWO, twice) == static(FOUR, TWO, twice[:1])
 
 
+@examples(60)
 @given(st.lists(st.floats(0.1, 100.0), min_size=1, max_size=60), st.integers(1, 9))
-@settings(max_examples=60, deadline=None)
 def test_nothing_beats_the_ideal_and_leases_keep_to_grahams_bound(times: list[float], ranks: int) -> None:
     """Whoever is free takes the next: at most the ideal and the longest shard together (Graham 1966)."""
     seconds, equal = np.array(times), np.ones(ranks)
@@ -105,8 +106,8 @@ def test_nothing_beats_the_ideal_and_leases_keep_to_grahams_bound(times: list[fl
     assert barrier(seconds, equal, []).makespan >= static(seconds, equal, []).makespan - 1e-9
 
 
+@examples(20)
 @given(st.integers(0, 10_000))
-@settings(max_examples=20, deadline=None)
 def test_with_replacement_everything_is_done_whatever_is_lost(seed: int) -> None:
     world = World("", nodes=3, ranks_per_node=2, spread=0.5, losses_per_hour=60.0, back_after=30.0, preemptions=(0.5,))
     seconds, slowness, losses, best = world.draw(200, 10.0, np.random.default_rng(seed))

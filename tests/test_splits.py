@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import examples
 
 from dejavu_exp import splits, tables
 from dejavu_exp.errors import ConfigError, DataError
@@ -277,8 +278,8 @@ def test_pools_that_are_too_small_or_absent_are_named(split: splits.Split, messa
 COUNT = st.integers(0, 12)
 
 
+@examples(300)
 @given(COUNT, COUNT, COUNT, COUNT, COUNT, st.none() | COUNT, st.none() | COUNT)
-@settings(max_examples=300, deadline=None, derandomize=True)
 def test_dealing_gives_each_image_at_most_once_and_no_more_than_asked(
     boxed: int, unboxed: int, target: int, heldout: int, shared: int, public: int | None, unseen: int | None
 ) -> None:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from dejavu_exp import provenance
 from dejavu_exp.datasets import pickles
 from dejavu_exp.errors import DataError
-from dejavu_exp.tables import FloatArray, IntArray
+from dejavu_exp.splits import WHOLE_BELOW
+from dejavu_exp.tables import BoolArray, FloatArray, IntArray
 
 PARTS = ("attk_idxs", "labels", "neighb_labels", "neighb_idxs")
 """What the k-NN attack saves of one attack, each as NAME_<part>.npy."""
@@ -204,6 +205,11 @@ def read_judged(path: Path) -> Judged:
     if not np.isfinite(numbers).all():
         row, column = np.argwhere(~np.isfinite(numbers))[0]
         raise DataError(f"{path}, row {row}: the {JUDGED[column]} is not finite. Evaluate the crop classifier again.")
+    if not _whole(numbers[:, :2]).all():
+        row, column = np.argwhere(~_whole(numbers[:, :2]))[0]
+        raise DataError(
+            f"{path}, row {row}: the {JUDGED[column]} is no whole number. Evaluate the crop classifier again."
+        )
     return Judged(texts[:, -1].tolist(), *numbers[:, :2].T.astype(np.int64), *numbers[:, 2:].T.copy())
 
 
@@ -219,6 +225,12 @@ def _texts(found: npt.NDArray[Any], path: Path) -> npt.NDArray[np.str_]:
     return texts
 
 
+def _whole(values: npt.NDArray[Any]) -> BoolArray:
+    """Where values are whole numbers that an array of int64 holds as they are."""
+    whole: BoolArray = (values == np.floor(values)) & (values > -WHOLE_BELOW) & (values < WHOLE_BELOW)
+    return whole
+
+
 def whole_numbers(path: Path, member: str = "") -> IntArray:
     """An array of whole numbers; those stored as floats are cast back, as the released code makes such files.
 
@@ -231,7 +243,7 @@ def whole_numbers(path: Path, member: str = "") -> IntArray:
             run programs.
     """
     values = _load(path, member)
-    if values.dtype.kind not in "iuf" or not (np.isfinite(values).all() and (values == np.floor(values)).all()):
+    if values.dtype.kind not in "iuf" or not _whole(values).all():
         raise DataError(
             f"{_where(path, member)}: holds {values.dtype} values that are not all whole numbers; expected numbers of "
             "images or classes. Give the file that the released code saves."

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from dejavu_exp.datasets.annotations import storable
 from dejavu_exp.errors import DataError
 
 Item: TypeAlias = int | str
@@ -306,7 +307,11 @@ def _sequence(value: object, where: str) -> list[Any]:
 def _item(value: object, number: int) -> Item:
     if isinstance(value, bytes):
         return value.decode()
-    if isinstance(value, str) or (isinstance(value, int) and not isinstance(value, bool)):
+    if isinstance(value, str):
+        return storable(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        if value.bit_length() > 63:
+            raise _RefusedError(f"a number of {value.bit_length()} bits in entry {number}, more than an index has")
         return value
     raise _RefusedError(f"{_name(value)} in entry {number}, which is neither a whole number nor a name")
 
