@@ -109,10 +109,11 @@ def register() -> None:
     from omegaconf import OmegaConf
     from packaging.version import Version
 
-    add: Callable[..., None] = OmegaConf.register_new_resolver
+    conf: Any = OmegaConf  # whose types here are those of one version
+    add: Callable[..., None] = conf.register_new_resolver
     if Version(omegaconf.__version__) >= Version("2.4rc1"):
         # It has another name there, and evaluates annotations, of which ours name types that only type checkers import.
-        add = functools.partial(OmegaConf.register_resolver, annotation_validation="off")
+        add = functools.partial(conf.register_resolver, annotation_validation="off")
     add("weights_of_arch", _weights_of_arch, replace=True)
     add("cell", _cell_name, replace=True)
 
