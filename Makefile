@@ -31,8 +31,9 @@ nightly: $(VENV)/.dev  ## every property on 10,000 examples
 	DEJAVU_EXAMPLES=10000 $(BIN)/python -m pytest -m property
 
 FUZZ_SECONDS ?= 60
-fuzz: $(VENV)/.dev  ## a minute of coverage-guided fuzzing of all readers (FUZZ_SECONDS=60)
-	$(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS)
+FUZZ_SEED ?= 1
+fuzz: $(VENV)/.dev  ## a minute of coverage-guided fuzzing of all readers (FUZZ_SECONDS=60; FUZZ_SEED=0 tries something else each time)
+	$(BIN)/python tests/fuzz.py --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
 
 LOWEST := build/lowest
 lowest: $(VENV)/.dev  ## the quick tests with the lowest versions that pyproject.toml allows, in an environment of their own

@@ -567,12 +567,14 @@ class Campaign:
         work: the temporary folder.
         seconds: for each reader.
         runs: the most for each reader; -1 for no limit.
+        seed: of libFuzzer's random numbers; 0 for another in every call.
         keep: new seeds are kept.
     """
 
     work: Path
     seconds: int
     runs: int
+    seed: int
     keep: bool
     environment: dict[str, str] = field(default_factory=lambda: {**os.environ, "TQDM_DISABLE": "1"})
 
@@ -582,8 +584,8 @@ class Campaign:
         told, code = self._child(
             name,
             [
-                f"-max_total_time={self.seconds}", f"-runs={self.runs}", f"-artifact_prefix={faults}/",
-                f"-rss_limit_mb={MEMORY_MB}", f"-timeout={TIMEOUT_S}", "-len_control=0", "-print_final_stats=1",
+                f"-max_total_time={self.seconds}", f"-runs={self.runs}", f"-seed={self.seed}",
+                f"-artifact_prefix={faults}/", f"-rss_limit_mb={MEMORY_MB}", f"-timeout={TIMEOUT_S}", "-len_control=0", "-print_final_stats=1",
                 str(new), str(seeds),
             ],
         )  # fmt: skip
@@ -643,6 +645,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("readers", nargs="*", metavar="READER", help=f"of {', '.join(READERS)}; default all")
     parser.add_argument("--seconds", type=float, default=60, help="in all, without the start of each process")
     parser.add_argument("--runs", type=int, default=-1, help="at most, of each reader")
+    parser.add_argument("--seed", type=int, default=1, help="of what is tried; 0: something else in every call")
     parser.add_argument("--keep", action="store_true", help="add what reaches new branches to tests/seeds")
     asked = parser.parse_args(arguments)
     readers = asked.readers or list(READERS)
@@ -653,7 +656,7 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("atheris is not installed; it comes with the extra dev on Linux x86_64, Python 3.11 to 3.13")
     at_once = min(len(readers), os.cpu_count() or 1)
     work = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    campaign = Campaign(work, max(1, round(asked.seconds * at_once / len(readers))), asked.runs, asked.keep)
+    campaign = Campaign(work, max(1, round(asked.seconds * at_once / len(readers))), asked.runs, asked.seed, asked.keep)
     say(f"{campaign.seconds} s for each of {len(readers)} readers, {at_once} at once")
     found = False
     with ThreadPoolExecutor(at_once) as pool:
