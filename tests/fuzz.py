@@ -585,8 +585,8 @@ class Campaign:
             name,
             [
                 f"-max_total_time={self.seconds}", f"-runs={self.runs}", f"-seed={self.seed}",
-                f"-artifact_prefix={faults}/", f"-rss_limit_mb={MEMORY_MB}", f"-timeout={TIMEOUT_S}", "-len_control=0", "-print_final_stats=1",
-                str(new), str(seeds),
+                f"-artifact_prefix={faults}/", f"-rss_limit_mb={MEMORY_MB}", f"-timeout={TIMEOUT_S}",
+                "-len_control=0", "-print_final_stats=1", str(new), str(seeds),
             ],
         )  # fmt: skip
         if self.keep:
