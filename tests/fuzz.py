@@ -59,7 +59,7 @@ from dejavu_exp.errors import DataError, WeightsError
 from dejavu_exp.tables import Status
 
 CORPUS, SEEDS = Path(__file__).parent / "corpus", Path(__file__).parent / "seeds"
-TIMEOUT_S, MEMORY_MB = 5, 2048
+TIMEOUT_S, MEMORY_MB = 15, 2048
 IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 """Where files are written thousands of times a second; None for the usual place of temporary ones."""
 LARGEST_PICTURE_PX = 1 << 20
