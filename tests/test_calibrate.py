@@ -369,7 +369,7 @@ def test_the_command_writes_the_same_figures_again(
     assert found[0] == found[1]
 
 
-TRAINED = (*SMALL, "model.recipe.epochs=15", "dataset.planted_share=1.0")
+TRAINED = (*SMALL, "model.recipe.epochs=30", "dataset.planted_share=1.0")
 
 
 @pytest.fixture(scope="module")
