@@ -58,8 +58,8 @@ lint: $(VENV)/.dev  ## style, types and the import rule
 bench: $(VENV)/.dev  ## time the measurement's own parts side by side with other ways, in one run
 	$(BIN)/python -m benchmarks
 
-calibrate: $(VENV)/.run  ## plant memorization at known rates and measure it, ten minutes; writes docs/calibration.md
-	$(BIN)/python -m dejavu_exp.calibrate scoring.resamples=1000
+calibrate: $(VENV)/.run  ## plant memorization at known rates and measure it, forty minutes; writes docs/calibration.md
+	$(BIN)/python -m dejavu_exp.calibrate --seeds 1000 scoring.resamples=1000
 	$(BIN)/python -m dejavu_exp.calibrate --canaries 2,4,8,16
 	{ cat outputs/calibration/calibration.md; echo; cat outputs/canaries/canaries.md; } > docs/calibration.md
 	cp outputs/calibration/calibration.svg outputs/canaries/canaries.svg docs/

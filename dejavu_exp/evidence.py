@@ -59,6 +59,34 @@ class Evidence:
         if self.probabilities.shape != shape:
             raise ValueError(f"probabilities have shape {self.probabilities.shape}, expected {shape}")
 
+    @classmethod
+    def joined(cls, parts: Sequence[Evidence]) -> Evidence:
+        """The evidence of all parts, one after the other; what not every part has is left out.
+
+        Args:
+            parts: one at least, of one predictor, about the same labels; no id twice.
+        """
+        if len(parts) == 1:
+            return parts[0]
+
+        def together(name: str) -> npt.NDArray[Any]:
+            return np.concatenate([getattr(part, name) for part in parts])
+
+        def where_all_have_it(name: str) -> npt.NDArray[Any] | None:
+            return None if any(getattr(part, name) is None for part in parts) else together(name)
+
+        return cls(
+            tuple(row_id for part in parts for row_id in part.ids),
+            parts[0].labels,
+            together("probabilities"),
+            together("ranking"),
+            together("confidence"),
+            together("tied"),
+            where_all_have_it("distance"),
+            where_all_have_it("nearest"),
+            where_all_have_it("entropy"),
+        )
+
     def take(self, ids: Sequence[str]) -> Evidence:
         """The same evidence for the ids asked for, in their order.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -114,11 +114,11 @@ def read(asked: Asked, settings: Settings) -> Imported:
         settings.voters(a.near_labels.shape[1], f"the attack {a.name}") for a in (*attacks.values(), *others.values())
     )
     voted = {role: numbering.voted(attack, role, k, settings.probe.ties) for role, attack in attacks.items()}
-    target = _together([voted[role] for role in MEASURED if role in voted])
+    target = Evidence.joined([voted[role] for role in MEASURED if role in voted])
     references = {}
     if others:
         told = {role: numbering.voted(attack, role, k, settings.probe.ties) for role, attack in others.items()}
-        measured = _together([told[role] for role in MEASURED if role in told])
+        measured = Evidence.joined([told[role] for role in MEASURED if role in told])
         other = (voted[Role.HELDOUT], told[Role.HELDOUT]) if Role.HELDOUT in told else None
         names = ", ".join(attack.name for attack in others.values())
         references["two_model"] = Answers(f"Neighbours under a second encoder, imported from {names}.", measured, other)
@@ -363,22 +363,6 @@ def _part(
             "status": [str(status)] * len(ids),
         },
         schema=dict(ROWS),
-    )
-
-
-def _together(parts: Iterable[Evidence]) -> Evidence:
-    """Evidence about the same labels for the rows of all parts."""
-    parts = list(parts)
-    if len(parts) == 1:
-        return parts[0]
-    first, *_ = parts
-    return Evidence(
-        tuple(name for part in parts for name in part.ids),
-        first.labels,
-        np.concatenate([part.probabilities for part in parts]),
-        np.concatenate([part.ranking for part in parts]),
-        np.concatenate([part.confidence for part in parts]),
-        np.concatenate([part.tied for part in parts]),
     )
 
 

@@ -88,7 +88,7 @@ def read(asked: Asked, settings: Settings) -> Imported:
             found = neighbours.infer(ids[role], nearest, public, labels, settings.probe.ties)
             known = what == "target" and role in asked.distances
             parts.append(replace(found, distance=found.distance if known else None))
-        told[what] = _together(parts)
+        told[what] = Evidence.joined(parts)
     rows = pl.concat([_part(ids[role], lists[role], Role(role)) for role in lists])
     twice = rows.filter(pl.col("id").is_duplicated()).sort("id")
     if len(twice):
@@ -224,23 +224,6 @@ def _nearest_first(positions: IntArray, distances: FloatArray) -> Neighbours:
     return Neighbours(
         np.take_along_axis(positions, order, axis=1),
         np.take_along_axis(distances, order, axis=1).astype(np.float32),
-    )
-
-
-def _together(parts: Sequence[Evidence]) -> Evidence:
-    """Evidence of all parts; distances where all have them."""
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-    distances = [part.distance for part in parts if part.distance is not None]
-    return Evidence(
-        tuple(name for part in parts for name in part.ids),
-        first.labels,
-        np.concatenate([part.probabilities for part in parts]),
-        np.concatenate([part.ranking for part in parts]),
-        np.concatenate([part.confidence for part in parts]),
-        np.concatenate([part.tied for part in parts]),
-        np.concatenate(distances) if len(distances) == len(parts) else None,
     )
 
 
