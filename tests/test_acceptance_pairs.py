@@ -35,7 +35,7 @@ def test_unseen_pairs_show_no_gain_and_target_pairs_do(captions: Finished, name:
     unseen = found["roles"]["unseen"]["all"]["prg"]
     assert unseen["low"] <= 0
     # What was learned in a minute knows a little less of unseen captions than n-grams do, by 1 to 3 of 100 pairs.
-    assert -0.1 < unseen["value"]
+    assert unseen["value"] > -0.1
     assert found["corrected"]["all"]["prg"]["low"] > 0
 
 
