@@ -30,12 +30,10 @@ def test_pairs_with_an_emblem_that_no_caption_tells_are_found(captions: Finished
 
 
 @pytest.mark.parametrize("name", [ONE_MODEL, TWO_MODEL])
-def test_unseen_pairs_show_no_gain_and_target_pairs_do(captions: Finished, name: str) -> None:
+def test_unseen_pairs_show_no_gap_and_target_pairs_do(captions: Finished, name: str) -> None:
     found = references(captions)[name]
     unseen = found["roles"]["unseen"]["all"]["prg"]
-    assert unseen["low"] <= 0
-    # What was learned in a minute knows a little less of unseen captions than n-grams do, by 1 to 3 of 100 pairs.
-    assert unseen["value"] > -0.1
+    assert unseen["low"] <= 0 <= unseen["high"]
     assert found["corrected"]["all"]["prg"]["low"] > 0
 
 

@@ -665,7 +665,7 @@ def test_a_resample_weighs_rows_as_if_they_stood_there_as_often_as_they_were_dra
 
 
 @examples(30)
-@given(weighted_rows(), SEED, st.integers(1, 25), st.integers(9, 40))
+@given(weighted_rows(), SEED, st.integers(1, 60), st.integers(9, 40))
 def test_a_bootstrap_is_repeatable_linear_and_the_same_alone_or_together(
     rows: Rows, seed: int, resamples: int, block: int
 ) -> None:

@@ -76,7 +76,7 @@ class ShapePairs:
     val: int = 240
     public: int = 2400
     emblems: int = 40
-    public_share: float = 1.0
+    public_share: float = 0.7
     named_share: float = 0.2
     planted_repeats: int = 8
     size_px: int = 64
