@@ -65,6 +65,15 @@ class Evidence:
 
         Args:
             parts: one at least, of one predictor, about the same labels; no id twice.
+
+        Raises:
+            DataError: an id occurs twice.
+
+        >>> labels, told = ("cat", "dog"), np.array([[0.75, 0.25]])
+        >>> first = from_probabilities(["a"], labels, told, distance=np.array([0.5]))
+        >>> both = Evidence.joined([first, from_probabilities(["b"], labels, told)])
+        >>> both.ids, both.distance is None, Evidence.joined([first]).distance.tolist()
+        (('a', 'b'), True, [0.5])
         """
         if len(parts) == 1:
             return parts[0]
