@@ -16,6 +16,7 @@ SMALL_PAIRS = (
     "dataset.val=40",
     "dataset.public=60",
     "dataset.common=8",
+    "dataset.public_share=1",
     "model.recipe.epochs=2",
     "scoring.resamples=200",
     "tracking=none",
